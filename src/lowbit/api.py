@@ -1,0 +1,354 @@
+"""What lowbit does, as four functions: quantize, load, evaluate, export. The command line adds only a screen to them.
+
+Everything heavy is imported inside, so that `lowbit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .evaluate.report import EvaluationReport
+    from .graph.anatomy import Anatomy
+    from .stream.checkpoint import Checkpoint
+    from .stream.plan import Plan
+
+Notice = Callable[[str], None]
+"""Receives one sentence that the user should see."""
+OnBlock = Callable[[int, int, "dict[str, Any] | None"], None]
+"""(block, number of blocks, its report when done; None when it starts)."""
+
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+COPIED = ("generation_config.json", "chat_template.jinja", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tokenizer*")
+"""Files beside the weights that a quantized model needs as they are."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that `quantize` can be asked for; names and defaults are those of the command line."""
+
+    model: str
+    recipe: str
+    output: str | None = None
+    settings: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    calibration: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    target: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    memory: int | None = None
+    restart: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    notice: Notice = field(default=lambda _text: None)
+    on_block: OnBlock = field(default=lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a run did; `to_json` is the documented object."""
+
+    path: Path
+    seconds: float
+    peak_memory_bytes: int
+    bits_per_weight: float
+    bits_per_parameter: float
+    size_bytes: int
+    blocks: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of `lowbit quantize --json`."""
+        keys = ("seconds", "peak_memory_bytes", "bits_per_weight", "bits_per_parameter", "size_bytes", "blocks")
+        return {key: getattr(self, key) for key in keys}
+
+
+def quantize(model: str | Path, recipe: str, output: str | Path, **options: Any) -> Quantized:
+    """Quantize `model` (directory, hub id or `demo`) by a recipe (name or YAML file) into the directory `output`.
+
+    Options are the other fields of `Request`. A directory that an interrupted run left behind is gone on with; a
+    finished one is left unchanged. Raises ValueError, in one sentence, for a request that cannot be met.
+    """
+    return run(Request(str(model), str(recipe), str(output), **options))
+
+
+@dataclass
+class Prepared:
+    """A checked request: the plan, and what carrying it out needs. No weight has been read."""
+
+    checkpoint: Checkpoint
+    skeleton: PreTrainedModel
+    plan: Plan
+    record: dict[str, Any]
+    windows: list[torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request against its model and make the plan; refuses in seconds, before a weight is read."""
+    import torch
+
+    from . import recipes
+    from .data.calibrate import fingerprint
+    from .formats.native import VERSION
+    from .stream.checkpoint import Checkpoint
+    from .stream.plan import make_plan
+    from .stream.sweep import MICRO_BATCH
+
+    loaded = recipes.resolve(request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore)
+    device = _device(request.device)
+    checkpoint = Checkpoint.open(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    skeleton, anatomy = anatomy_of(checkpoint, request.trust_remote_code)
+    dtype = _dtype(request.dtype, checkpoint.config.dtype, device)
+    refuse = _target(request.target)
+    windows, calibration = _calibration(request, loaded, checkpoint) if loaded.recipe.calibrated else ([], None)
+    tokens = sum(window.numel() for window in windows)
+    plan = make_plan(checkpoint, anatomy, loaded.recipe, tokens=tokens, dtype=dtype, refuse=refuse)
+    record = {
+        "numerics": VERSION,
+        "model": checkpoint.fingerprint(),
+        "recipe": recipes.to_dict(loaded.recipe),
+        "calibration": None if calibration is None else {**calibration, "tokens": fingerprint(windows)},
+        "target": request.target,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "micro_batch": MICRO_BATCH,
+        "torch": torch.__version__,
+    }
+    for notice in plan.notices:
+        request.notice(notice)
+    return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device)
+
+
+def anatomy_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Anatomy]:
+    """The model without weights, bound to its files, and its proved anatomy."""
+    from .graph import build_skeleton, discover
+
+    skeleton = build_skeleton(checkpoint.config, trust_remote_code=trust_remote_code)
+    checkpoint.bind(skeleton)
+    return skeleton, discover(checkpoint.config, skeleton)
+
+
+def run(request: Request) -> Quantized:
+    """Carry a request out, from wherever an earlier run of it was interrupted."""
+    from .formats.native import sizes
+    from .stream.run import RunDirectory
+    from .stream.sweep import Progress, Sweep
+
+    if request.output is None:
+        raise ValueError("where to? name a directory with --output")
+    began = time.perf_counter()
+    prepared = prepare(request)
+    directory = RunDirectory(Path(request.output), len(prepared.plan.anatomy.blocks))
+    with directory.opened(prepared.record, restart=request.restart):
+        if not directory.complete:
+            _write_config(prepared.checkpoint.path, directory.path)
+            Sweep(
+                prepared.plan,
+                prepared.skeleton,
+                prepared.checkpoint,
+                directory,
+                prepared.windows,
+                prepared.dtype,
+                prepared.device,
+                _hidden_budget(request.memory, prepared.plan),
+                Progress(request.on_block),
+            ).execute()
+            directory.log({"total": True, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()})
+    size = sizes(directory.path)
+    journal = directory.journal()
+    seconds = {entry["block"]: entry["seconds"] for entry in journal if "block" in entry}
+    totals = [entry for entry in journal if "total" in entry]
+    reports = [directory.report(index) for index in range(directory.blocks)]
+    return Quantized(
+        directory.path,
+        totals[-1]["seconds"] if totals else 0.0,
+        max((entry["peak_memory_bytes"] for entry in totals), default=0),
+        8 * size.stored_bytes / max(1, size.quantized_weights),
+        8 * size.file_bytes / size.parameters,
+        size.file_bytes,
+        [{**report, "seconds": seconds.get(report["name"], 0.0)} for report in reports],
+    )
+
+
+def load(source: str | Path, **options: Any) -> PreTrainedModel:
+    """Load any model to run it: a lowbit directory, or whatever transformers loads. See `runtime.load.load`."""
+    from .runtime.load import load as load_model
+
+    return load_model(source, **options)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    perplexity: Sequence[str] = (),
+    window: int | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] = (),
+    against: str | Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    notice: Notice = lambda _text: None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> EvaluationReport:
+    """Measure a model in fp32: perplexity on texts, tasks, divergence from another model, and its honest size.
+
+    `perplexity` names texts (`demo`, a published set, a file); without any, and without tasks, the packaged text is
+    used. `against` is the original to compare with, over the same windows. `progress` gets (text, done, total).
+    """
+    import torch
+
+    from .data.evaluation import load_windows
+    from .data.text import check_tokenizer, resolve_window
+    from .evaluate.divergence import Divergence
+    from .evaluate.report import EvaluationReport
+    from .evaluate.tasks import run_tasks
+    from .evaluate.text import evaluate_text
+    from .runtime.load import load, load_tokenizer
+
+    texts = list(perplexity) or ([] if tasks else ["demo"])
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    place = _device(device)
+    loaded = load(model, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
+    check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
+    length, shrunk = resolve_window(window, 2048, context_of(loaded.config))
+    if shrunk is not None and texts:
+        notice(shrunk)
+    windows = {text: load_windows(text, tokenizer, length, limit) for text in texts}
+    original = None if against is None else load(against, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
+    report = EvaluationReport()
+    found: list[tuple[int, Divergence]] = []
+    for text, batch in windows.items():
+        scores = evaluate_text(loaded, batch, original, progress=lambda done, total, text=text: progress(text, done, total))
+        report.perplexity[text] = scores.perplexity
+        if scores.divergence is not None:
+            found.append((len(batch), scores.divergence))
+    if found:
+        total = sum(count for count, _ in found)
+        mean = {key: sum(n * getattr(d, key) for n, d in found) / total for key in ("kl", "top1", "cosine")}
+        report.against = Divergence(**mean)
+    if tasks:
+        report.tasks = run_tasks(loaded, tokenizer, tasks, limit)
+    _count_bits(report, model, trust_remote_code)
+    return report
+
+
+def _count_bits(report: EvaluationReport, model: str | Path, trust_remote_code: bool) -> None:
+    from .evaluate.size import size_on_disk
+    from .formats.native import sizes
+    from .formats.source import locate
+    from .runtime.load import is_native
+
+    path = locate(model, trust_remote_code=trust_remote_code)
+    report.size_bytes = size_on_disk(path)
+    size = sizes(path)
+    if is_native(path):
+        report.bits_per_weight = 8 * size.stored_bytes / max(1, size.quantized_weights)
+        report.bits_per_parameter = 8 * size.file_bytes / size.parameters
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens the model can attend to; None where its configuration states no limit."""
+    stated = [getattr(config, name, None) for name in CONTEXT_FIELDS]
+    return next((value for value in stated if isinstance(value, int)), None)
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu, or install a CUDA build of torch")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda") from None
+
+
+def _dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What blocks compute in: the checkpoint's dtype where the device is fast in it, else fp32."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto":
+        if name not in known:
+            raise ValueError(f"unknown dtype {name!r}: use auto, {', '.join(known)}")
+        return known[name]
+    if device.type != "cpu":
+        return stored if stored in known.values() else torch.float32
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
+
+
+def _target(name: str | None) -> Any:
+    from . import formats
+
+    return None if name is None else formats.refusal(name)
+
+
+def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Token windows, and what plan.json records of where they came from."""
+    from .data.calibrate import Calibration, load_calibration
+    from .data.text import check_tokenizer, resolve_window
+
+    pinned = loaded.calibration
+    tokenizer = checkpoint.tokenizer()
+    check_tokenizer(tokenizer, checkpoint.config.vocab_size)
+
+    def chosen(name: str, default: Any) -> Any:
+        asked = (getattr(request, "calibration" if name == "source" else name), getattr(pinned, name, None), default)
+        return next((value for value in asked if value is not None), None)
+
+    length, shrunk = resolve_window(chosen("length", None), 2048, context_of(checkpoint.config), "--length")
+    if shrunk is not None:
+        request.notice(shrunk)
+    defaults = Calibration()
+    source = chosen("source", defaults.source)
+    samples, seed = chosen("samples", defaults.samples), chosen("seed", defaults.seed)
+    windows = load_calibration(source, tokenizer, samples, length, seed)
+    return windows, {"source": Path(source).name, "samples": samples, "length": length, "seed": seed}
+
+
+def _hidden_budget(memory: int | None, plan: Plan) -> int:
+    """Bytes of hidden states that may stay in memory."""
+    if memory is None:
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2)
+    return max(0, memory - (plan.peak_bytes - plan.hidden_bytes))
+
+
+def _write_config(source: Path, output: Path) -> None:
+    """config.json with lowbit's mark, and the tokenizer's and generation files as they are."""
+    import json
+
+    from .formats.files import write_json
+    from .formats.native import VERSION
+
+    config = json.loads((source / "config.json").read_text(encoding="utf8"))
+    config["quantization_config"] = {"quant_method": "lowbit", "version": VERSION}
+    write_json(output / "config.json", config)
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, output / file.name)

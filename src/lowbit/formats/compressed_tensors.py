@@ -1,0 +1,339 @@
+"""compressed-tensors: what vLLM and transformers read. Everything is spelled from stored codes; nothing is rounded here.
+
+A scheme (a plain dictionary, as it stands in config.json) says what a layer's tensors mean, so that `pack` and `unpack`
+need nothing else and work on the meta device. Layouts and fields follow compressed-tensors 0.20:
+
+    pack-quantized   integer codes + 2^(b-1) as one little-endian bit stream per row, in int32 words; zero-points
+                     likewise, but packed down the rows
+    int-quantized    8-bit integer codes as int8, where inputs are int8 as well
+    float-quantized  E4M3 codes as float8; naive-quantized is the same without quantized inputs
+
+The package itself is not imported: it would only be asked to round weights that are codes already. Tests hold this file
+to its reader. Shape letters: O output rows, I input columns, G groups of columns, W 32-bit words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..numerics import bits
+from ..numerics.grid import Grid
+from ..numerics.qtensor import QLayer, QTensor, QWeight
+from ..numerics.spec import E4M3, Float, Int, Number, ScaleDtype, Spec, per_channel, per_group, per_tensor, per_token
+from .base import Names, copy_companions, module_names, new_directory, read, read_config, shards, unchanged
+from .files import write_index, write_json, write_shard
+
+VERSION = "0.20.0"
+"""The compressed-tensors release whose layouts and configuration fields are written."""
+
+_SCALES: dict[torch.dtype, ScaleDtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_DTYPES = {name: dtype for dtype, name in _SCALES.items()}
+
+NOT_LINEAR = "compressed-tensors knows Linear modules only: use native"
+
+Scheme = dict[str, Any]
+"""One entry of `config_groups` without its targets."""
+
+
+# --- what the format can carry ----------------------------------------------------------------------------------------
+
+
+def refuse(weights: Spec, activation: Spec | None, *, transposed: bool = False, ordered: bool = False) -> str | None:
+    """Why the format cannot carry a layer of these formats, with advice, or None if it can.
+
+    `transposed`: the module stores [I, O] (GPT-2's Conv1D). `ordered`: groups follow another order of the columns.
+    """
+    if transposed:
+        return NOT_LINEAR
+    if ordered:
+        return "compressed-tensors has dropped group indices (g_idx): use gptq.groups=static, or no act_order"
+    return _refuse_weights(weights, activation) or _refuse_activation(weights, activation)
+
+
+def _refuse_weights(spec: Spec, activation: Spec | None) -> str | None:
+    number, integer = spec.number, isinstance(spec.number, Int)
+    if isinstance(number, Float) and number != E4M3:
+        return f"compressed-tensors export carries E4M3 float weights, not {number}: use fp8"
+    if isinstance(number, Int) and number.rule == "asymmetric-deepspeed":
+        return "the asymmetric-deepspeed rule does not bound zero-points, and compressed-tensors packs them like codes: use asymmetric"
+    if spec.block[0] != 1 and spec.block != (-1, -1):
+        return f"compressed-tensors export carries one scale per tensor, row or group of a row, not {spec}: use one of these"
+    packed = integer and (activation is None or spec.bits < 8)
+    if packed and spec.block == (-1, -1):
+        return "compressed-tensors packs integers with a scale per row or group: use those, or 8 bits with 8-bit activations"
+    return None
+
+
+def _refuse_activation(weights: Spec, spec: Spec | None) -> str | None:
+    if spec is None:
+        return None
+    if spec.bits != 8 or isinstance(spec.number, Float) and spec.number != E4M3:
+        return f"compressed-tensors clients read int8 and E4M3 activations, not {spec.number}: use a8, afp8 or 16 bits"
+    if isinstance(spec.number, Int) != isinstance(weights.number, Int):
+        return f"no compressed-tensors client multiplies {weights.number} weights by {spec.number} activations: use one kind"
+    if spec.block != ((1, -1) if spec.dynamic else (-1, -1)):
+        return f"compressed-tensors activations are dynamic per token or static per tensor, not {spec}: use one of these"
+    if isinstance(spec.number, Int) and not spec.number.signed:
+        return "compressed-tensors clients add an activation's zero-point before they round, lowbit after: use a symmetric rule"
+    if spec.dynamic and isinstance(spec.number, Int) and spec.number.rule != "symmetric":
+        return f"compressed-tensors clients find dynamic scales by the symmetric rule, not {spec.number.rule}: use symmetric"
+    if spec.dynamic and spec.scale != "float32":
+        return f"compressed-tensors clients keep dynamic scales in float32, not {spec.scale}: use float32"
+    return None
+
+
+def notices(weights: Spec, activation: Spec | None) -> tuple[str, ...]:
+    """What a user should know of clients that cannot read, or read differently, what the format carries."""
+    number, found = weights.number, []
+    if isinstance(number, Int) and not number.symmetric and activation is None:
+        found.append("transformers cannot read asymmetric packed weights with compressed-tensors 0.20; vLLM 0.32 can")
+    if isinstance(number, Int) and activation is None and weights.bits == 1:
+        found.append("vLLM 0.32 reads packed weights of 2 to 8 bits, not 1")
+    elif isinstance(number, Int) and activation is None and weights.bits not in (4, 8):
+        found.append(f"vLLM 0.32 has kernels for {weights.bits}-bit weights on some GPUs only; 4 and 8 bits run everywhere")
+    if isinstance(number, Int) and activation is not None and (weights.bits < 8 and not activation.dynamic):
+        found.append(f"vLLM 0.32 has no kernel for {weights.bits}-bit weights with static activations; transformers reads them")
+    if isinstance(number, Int) and activation is not None and not number.symmetric:
+        found.append("vLLM 0.32 has no kernel for asymmetric weights with 8-bit activations; transformers reads them")
+    if weights.group != -1 and (isinstance(number, Float) or activation is not None and weights.bits == 8):
+        found.append("vLLM 0.32 has no kernel for grouped 8-bit weights of this kind; transformers reads them")
+    if isinstance(number, Int) and activation is not None and activation.dynamic:
+        found.append("vLLM's int8 kernel divides a token's range by 127, lowbit and compressed-tensors by 127.5")
+    if isinstance(number, Int) and activation is None and weights.scale != "half":
+        found.append(f"clients round the {weights.scale} scales of packed weights to the model's dtype: half scales are safe")
+    return tuple(found)
+
+
+# --- schemes ----------------------------------------------------------------------------------------------------------
+
+
+def scheme_of(layer: QLayer) -> Scheme:
+    """What config.json says of a layer. Raises ValueError where the format cannot carry it."""
+    if len(layer.weight.parts) > 1:
+        raise ValueError("compressed-tensors cannot carry a weight that is a sum of parts: use native")
+    part = layer.weight.parts[0]
+    spec = part.grid.spec
+    reason = refuse(spec, layer.activation, ordered=part.order is not None)
+    if reason is not None:
+        raise ValueError(reason)
+    strategy, group = "group", spec.group
+    if spec.block == (-1, -1):
+        strategy, group = "tensor", None
+    elif group == -1 or group > part.shape[-1]:
+        strategy, group = "channel", None
+    activation = layer.activation
+    return {
+        "format": _format_name(spec, activation),
+        "weights": _arguments(spec, strategy, group),
+        "input_activations": None if activation is None else _arguments(activation, "token" if activation.dynamic else "tensor"),
+        "output_activations": None,
+    }
+
+
+def _format_name(weights: Spec, activation: Spec | None) -> str:
+    if isinstance(weights.number, Float):
+        return "naive-quantized" if activation is None else "float-quantized"
+    return "pack-quantized" if activation is None or weights.bits < 8 else "int-quantized"
+
+
+def _arguments(spec: Spec, strategy: str, group: int | None = None) -> dict[str, Any]:
+    """The fields of a `QuantizationArgs`; those left out have the defaults that every release agrees on."""
+    return {
+        "num_bits": spec.bits,
+        "type": "int" if isinstance(spec.number, Int) else "float",
+        "symmetric": isinstance(spec.number, Float) or spec.number.symmetric,
+        "strategy": strategy,
+        "group_size": group,
+        "dynamic": spec.dynamic,
+    }
+
+
+def _spec(arguments: Mapping[str, Any], scale: ScaleDtype) -> Spec:
+    """The number format that a scheme's arguments describe."""
+    number: Number = E4M3
+    if arguments["type"] == "int":
+        number = Int(arguments["num_bits"], "symmetric" if arguments["symmetric"] else "asymmetric")
+    strategy = arguments["strategy"]
+    if strategy == "token":
+        return per_token(number, dynamic=True)
+    if strategy == "tensor":
+        return per_tensor(number, scale=scale, dynamic=arguments["dynamic"])
+    if strategy == "channel":
+        return per_channel(number, scale=scale)
+    if strategy == "group":
+        return per_group(number, arguments["group_size"], scale=scale)
+    raise ValueError(f"lowbit cannot read compressed-tensors weights of strategy {strategy!r}: it reads tensor, channel and group")
+
+
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for layers of these schemes, by checkpoint name of the module.
+
+    `ignore` names every other module that a client may take for a linear. One scheme targets the class Linear; of
+    several, each targets its modules by name, a mixture's experts first, which is where transformers looks for them.
+    """
+    groups: list[tuple[Scheme, list[str]]] = []
+    for name, scheme in sorted(schemes.items(), key=lambda item: ".experts." not in item[0]):
+        for other, members in groups:
+            if other == scheme:
+                members.append(name)
+                break
+        else:
+            groups.append((scheme, [name]))
+    formats = {scheme["format"] for scheme, _ in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": {
+            f"group_{index}": {"targets": ["Linear"] if len(groups) == 1 else members, **scheme}
+            for index, (scheme, members) in enumerate(groups)
+        },
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": None,
+        "moe_sparsity_config": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def pack(name: str, layer: QLayer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one linear, `name` being its module; scales that suit any dtype take the model's `dtype`.
+
+    Raises ValueError where the format cannot carry the layer.
+    """
+    scheme, part = scheme_of(layer), layer.weight.parts[0]
+    grid, number = part.grid, part.grid.spec.number
+    packed, strategy = scheme["format"] == "pack-quantized", scheme["weights"]["strategy"]
+    tensors = {"weight_scale": _store(grid, strategy, dtype)}
+    if isinstance(number, Float):
+        tensors["weight"] = part.codes.view(torch.float8_e4m3fn)
+    elif packed:
+        tensors["weight_packed"] = _to_words(_shift(part.codes, number.bits) if number.signed else part.codes, number.bits)
+        tensors["weight_shape"] = torch.tensor(part.shape)
+    else:
+        tensors["weight"] = part.codes if number.signed else _shift(part.codes, number.bits)
+    if not scheme["weights"]["symmetric"]:
+        assert grid.zero is not None
+        zero = grid.zero.to(torch.uint8)
+        tensors["weight_zero_point"] = _to_words(zero.T, number.bits).T if packed else _shift(zero, number.bits)
+        if strategy == "tensor":
+            tensors["weight_zero_point"] = tensors["weight_zero_point"].reshape(1)
+    if layer.input_grid is not None:
+        tensors["input_scale"] = _store(layer.input_grid, "tensor", dtype)
+    return {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) -> QLayer:
+    """The inverse of `pack`: codes, scales and zero-points bit for bit, described in the scheme's own terms."""
+    scale, zero = tensors[f"{name}.weight_scale"], tensors.get(f"{name}.weight_zero_point")
+    spec = _spec(scheme["weights"], _SCALES[scale.dtype])
+    if scheme["format"] == "pack-quantized":
+        rows, columns = tensors[f"{name}.weight_shape"].tolist()
+        codes = _from_words(tensors[f"{name}.weight_packed"], spec.bits, columns)
+        codes = _shift(codes, spec.bits) if scheme["weights"]["symmetric"] else codes
+        zero = None if zero is None else _from_words(zero.T, spec.bits, rows).T
+    elif isinstance(spec.number, Float):
+        codes = tensors[f"{name}.weight"].view(torch.uint8)
+    else:
+        codes = tensors[f"{name}.weight"]
+        codes = codes if scheme["weights"]["symmetric"] else _shift(codes, spec.bits)
+        zero = None if zero is None else _shift(zero, spec.bits).reshape(-1, scale.shape[-1])
+    grid = Grid(spec, scale.float().reshape(-1, scale.shape[-1]), None if zero is None else zero.float())
+    weight = QWeight((QTensor(codes, grid),))
+    if scheme["input_activations"] is None:
+        return QLayer(weight)
+    given = tensors.get(f"{name}.input_scale")
+    activation = _spec(scheme["input_activations"], "float32" if given is None else _SCALES[given.dtype])
+    return QLayer(weight, activation, None if given is None else Grid(activation, given.float().reshape(1, 1)))
+
+
+def _store(grid: Grid, strategy: str, dtype: torch.dtype) -> Tensor:
+    """A grid's scales in the dtype that holds them exactly, [1] where there is one for the whole tensor."""
+    scale = grid.scale.to(_DTYPES.get(grid.spec.scale, dtype))
+    return scale.reshape(1) if strategy == "tensor" else scale
+
+
+def _shift(codes: Tensor, width: int) -> Tensor:
+    """Signed codes q (int8) as unsigned q + 2^(b-1) (uint8), and unsigned ones as signed."""
+    half = 1 << (width - 1)
+    return codes.view(torch.uint8) + half if codes.dtype == torch.int8 else (codes - half).view(torch.int8)
+
+
+def _to_words(codes: Tensor, width: int) -> Tensor:
+    """Unsigned codes [..., n] as int32 [..., W] of one bit stream per row, W = ceil(n b/32)."""
+    words = -(-codes.shape[-1] * width // 32)
+    packed = bits.pack(codes.contiguous(), width)
+    return pad(packed, (0, 4 * words - packed.shape[-1])).contiguous().view(torch.int32)
+
+
+def _from_words(words: Tensor, width: int, length: int) -> Tensor:
+    """The inverse of `_to_words`: uint8 [..., length]."""
+    packed = words.contiguous().view(torch.uint8)
+    size = length if width == 8 else bits.packed_length(length, width)
+    return bits.unpack(pad(packed, (0, size - packed.shape[-1])), width, length, signed=False)
+
+
+# --- a whole model ----------------------------------------------------------------------------------------------------
+
+
+def export_directory(source: Path, target: Path, skeleton: nn.Module, names: Names = unchanged) -> tuple[str, ...]:
+    """Write the finished run directory `source` as a compressed-tensors model into the new directory `target`.
+
+    `skeleton` is the model without weights (parameters on meta, experts unfused): it tells which modules are linears.
+    `names` gives the clients' names of a parameter, by which a mixture's fused gate and up projections are split.
+    Returns what a user should know of clients. Raises ValueError where the format cannot carry some layer.
+    """
+    dtype = next(parameter.dtype for parameter in skeleton.parameters() if parameter.is_floating_point())
+    schemes: dict[str, Scheme] = {}
+    quantized: set[str] = set()
+    told: dict[str, None] = {}
+    with new_directory(target) as directory:
+        files = shards(source)
+        for index, file in enumerate(files):
+            layers, tensors = read(file, names)
+            for name, (path, layer) in layers.items():
+                if not isinstance(skeleton.get_submodule(path), nn.Linear):
+                    raise ValueError(f"{path} is a {type(skeleton.get_submodule(path)).__name__}: {NOT_LINEAR}")
+                tensors.update(pack(name, layer, dtype))
+                quantized.add(path)
+                schemes.update(dict.fromkeys(_labels(name, path), scheme_of(layer)))
+                told.update(dict.fromkeys(notices(layer.weight.parts[0].grid.spec, layer.activation)))
+            write_shard(directory / f"model-{index + 1:05d}-of-{len(files):05d}.safetensors", tensors)
+        write_index(directory, (file.name for file in directory.glob("*.safetensors")))
+        copy_companions(source, directory)
+        config = quantization_config(schemes, ignored(skeleton, quantized, names))
+        write_json(directory / "config.json", {**read_config(source), "quantization_config": config})
+    return tuple(told)
+
+
+def ignored(skeleton: nn.Module, quantized: Collection[str], names: Names = unchanged) -> list[str]:
+    """Every module with a matrix for a weight that is neither an embedding nor quantized: linears, heads, routers.
+
+    Routers are no Linear in transformers, but they are in vLLM.
+    """
+    found: set[str] = set()
+    for path, module in skeleton.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and path not in quantized and not isinstance(module, nn.Embedding):
+            found.update(label for name, _ in module_names(path, names) for label in _labels(name, path))
+    return sorted(found)
+
+
+def _labels(name: str, path: str) -> tuple[str, ...]:
+    """The names by which clients look a module up: as in the checkpoint, and as in transformers' own tree."""
+    return (name,) if name == path or ".experts." in path else (name, path)

@@ -1,0 +1,1 @@
+from ..stream.source import *

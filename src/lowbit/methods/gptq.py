@@ -1,0 +1,152 @@
+"""GPTQ (Frantar et al. 2022): round columns one by one and let the columns to come repair each error.
+
+Minimises ‖X(W - Ŵ)ᵀ‖² row by row with H = Σ x xᵀ: column i is rounded, its error divided by U_ii is spread over the
+columns behind it along U's row, U the upper Cholesky factor of H⁻¹. The sweep itself is `numerics.feedback`; this file
+decides in which order columns go and when the scales of a group are fitted. A scale search inside GPTQ is any clip of
+the recipe: it is called wherever scales are fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..numerics.feedback import sweep
+from ..numerics.grid import Grid, fit_range, to_codes, to_levels, unit_shape
+from ..numerics.qtensor import QTensor
+from ..numerics.spec import Int, Spec
+from .base import Clip, Need, Stats
+from .rtn import RTN
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Settings.
+
+    damp: added to H's diagonal, as a part of its mean. act_order: columns of large inputs first. groups: when scales
+    are fitted: "static", all before the sweep on the original weights; "fresh", at the group's first column on
+    corrected weights; "stale", as the reference does, on weights that lack the corrections of the current block of
+    columns. Groups fitted on the way under act_order need a group index at inference. true_sequential: observe inputs
+    again after every rounded linear. block: columns corrected at once.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    groups: Literal["static", "fresh", "stale"] = "static"
+    true_sequential: bool = False
+    block: int = 128
+
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
+
+    @property
+    def sequential(self) -> bool:
+        """Whether inputs are observed linear by linear."""
+        return self.true_sequential
+
+    def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
+        """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest.
+
+        Raises ValueError for groups fitted on the way under a clip that needs statistics, which are of whole rows.
+        """
+        if stats is None:
+            return RTN().round(weight, spec, clip, None, scores=scores)
+        factor, order, dead = stats.factor(self.damp, self.act_order)
+        weight = weight.masked_fill(dead, 0.0)
+        if self.groups == "static" or spec.block[0] != 1 or unit_shape(weight.shape, spec.block)[1] == weight.shape[1]:
+            grid = clip.fit(weight, spec, stats, scores=scores)
+            return self._sweep_static(weight, grid, factor, order)
+        if clip.needs:
+            raise ValueError(f"{clip.name} cannot follow groups fitted during the sweep: set gptq.groups to static")
+        return self._sweep_dynamic(weight, spec, clip, factor, order)
+
+    def _sweep_static(self, weight: Tensor, grid: Grid, factor: Tensor, order: Tensor | None) -> QTensor:
+        """Every group's scale is known: columns may go in any order and keep their natural groups."""
+        columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
+        _, width = unit_shape(weight.shape, grid.spec.block)
+        column = _Columns(grid, weight.shape, (columns // width).tolist())
+        sweep(weight[:, columns], factor, column.round, block=self.block)
+        return QTensor(column.codes(columns), grid)
+
+    def _sweep_dynamic(self, weight: Tensor, spec: Spec, clip: Clip, factor: Tensor, order: Tensor | None) -> QTensor:
+        """Groups are runs of the sweep's own order, each fitted when the sweep comes to it.
+
+        A sweep block that ends where every group ends makes the fit fresh; a longer one makes it stale.
+        """
+        rows, total = weight.shape
+        _, width = unit_shape(weight.shape, spec.block)
+        block = self.block
+        if self.groups == "fresh":
+            block = next(size for size in range(min(width, self.block), 0, -1) if width % size == 0)
+        columns = torch.arange(total, device=weight.device) if order is None else order
+        empty = torch.empty(rows, total // width, device=weight.device)
+        unsigned = fit_range(weight[:, :width], spec).zero is not None
+        grid = Grid(spec, empty, empty.clone() if unsigned else None)
+        column = _Columns(grid, weight.shape, [i // width for i in range(total)])
+
+        def fit_groups(start: int, remaining: Tensor) -> None:
+            for begin in range(-(-start // width) * width, min(start + block, total), width):
+                values = remaining[begin - start : begin - start + width].T
+                column.set(begin // width, clip.fit(values, replace(spec, block=(1, -1)), None, scores=False))
+
+        sweep(weight[:, columns], factor, column.round, block=block, open_block=fit_groups)
+        return QTensor(column.codes(columns), column.grid(spec), order)
+
+
+class _Columns:
+    """Rounds one column at a time with its group's scale, and remembers the levels.
+
+    This runs once per column, so every view is made beforehand, and the integer case spells `to_levels` out with the
+    limits of each group worked out once.
+    """
+
+    def __init__(self, grid: Grid, shape: torch.Size, groups: list[int]) -> None:
+        rows, _ = unit_shape(shape, grid.spec.block)
+        self.number = grid.spec.number
+        self.group = groups
+        self.scale = grid.scale.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
+        self.zero = None if grid.zero is None else grid.zero.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
+        self.levels = torch.empty(shape[1], shape[0], device=grid.scale.device)
+        self.limits = torch.empty(len(self.scale), 2, shape[0], device=grid.scale.device)
+        self._columns, self._scales = self.levels.unbind(), self.scale.unbind()
+        self._limits = [tuple(pair.unbind()) for pair in self.limits]
+        for group in range(len(self.scale)):
+            self._limit(group)
+
+    def _limit(self, group: int) -> None:
+        if isinstance(self.number, Int):
+            zero = 0.0 if self.zero is None else self.zero[group]
+            self.limits[group, 0] = self.number.low - zero
+            self.limits[group, 1] = self.number.high - zero
+
+    def set(self, group: int, grid: Grid) -> None:
+        """Take the one-group grid fitted for `group`."""
+        self.scale[group] = grid.scale[:, 0]
+        if self.zero is not None and grid.zero is not None:
+            self.zero[group] = grid.zero[:, 0]
+        self._limit(group)
+
+    def round(self, column: int, values: Tensor) -> Tensor:
+        """Nearest levels of the column's values [O]; returns what they stand for."""
+        group = self.group[column]
+        scale, levels = self._scales[group], self._columns[column]
+        if isinstance(self.number, Int):
+            torch.div(values, scale, out=levels).round_().clamp_(*self._limits[group])
+        else:
+            levels.copy_(to_levels(values / scale, self.number))
+        return levels * scale
+
+    def grid(self, spec: Spec) -> Grid:
+        """The grid as the sweep left it."""
+        return Grid(spec, self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
+
+    def codes(self, columns: Tensor) -> Tensor:
+        """Codes [O, I] in natural order; `columns` says which natural column the sweep's i-th was."""
+        group = torch.tensor(self.group, device=columns.device)
+        codes = to_codes(self.levels, self.number, None if self.zero is None else self.zero[group])
+        natural = torch.empty_like(codes)
+        natural[columns] = codes
+        return natural.T.contiguous()

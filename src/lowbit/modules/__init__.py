@@ -1,0 +1,1 @@
+"""Reference layers: what quantized models are made of when they run."""

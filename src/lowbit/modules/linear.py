@@ -1,0 +1,79 @@
+"""The reference quantized linear: what it computes is the definition that fast layers and exports are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..numerics.grid import Grid, fit_range
+from ..numerics.qtensor import QLayer
+from ..numerics.spec import Spec
+
+
+def quantize_activation(x: Tensor, spec: Spec, grid: Grid | None) -> Tensor:
+    """Fake-quantize inputs [..., I] in fp32 and return them in their own dtype.
+
+    `grid` is the calibrated range of a static format; a dynamic format takes its range from x itself.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if grid is None:
+        grid = fit_range(flat, spec)
+    return grid.quantize(flat).to(x.dtype).reshape(x.shape)
+
+
+class QLinear(nn.Module):
+    """y = Q(x) Ŵᵀ + b with Ŵ the dequantized weight [O, I], and Q the input format where the scheme has one.
+
+    `weight` is a dense copy of Ŵ in `dtype`, so that code which looks at a linear's weight keeps working.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: QLayer, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.layer = layer
+        self.out_features, self.in_features = layer.weight.shape
+        self.register_buffer("weight", layer.weight.dequantize(dtype).to(device), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(device, dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs [..., I] to outputs [..., O]."""
+        if self.layer.activation is not None:
+            x = quantize_activation(x, self.layer.activation, self.layer.input_grid)
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and formats, for printing a model."""
+        spec, inputs = self.layer.weight.parts[0].grid.spec, self.layer.activation
+        return f"{self.in_features} -> {self.out_features}, weight {spec}" + (f", input {inputs}" if inputs else "")
+
+
+def install(
+    module: nn.Module,
+    layers: Mapping[str, QLayer],
+    rest: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fill `module` (a block or a model born on meta) with quantized linears and plain parameters, by relative name.
+
+    A sweep, a restart and a load all build quantized blocks here, so each propagates exactly what the others do.
+    """
+    biases = {f"{name}.bias" for name in layers}
+    for name, tensor in rest.items():
+        if name in biases:
+            continue
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor.to(device)
+        else:
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            setattr(owner, leaf, nn.Parameter(tensor.to(device, kind), requires_grad=False))
+    for name, layer in layers.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, QLinear(layer, rest.get(f"{name}.bias"), dtype, device))

@@ -1,0 +1,1 @@
+"""Numbers: formats, grids, codes, statistics. Imports torch and nothing else."""

@@ -1,0 +1,55 @@
+"""Codes of any width from 1 to 8 bits, packed without gaps.
+
+The last axis is one little-endian bit stream: code i fills bits [i*b, (i+1)*b), so at 4 bits the even index is the low
+nibble and at 8 bits packing is the identity. Eight codes always make b whole bytes, which is the only unit of work:
+a 64-bit word gathers eight codes and its low b bytes are the result. Rows are padded with zero codes to a multiple of
+eight; `unpack` needs the length to drop them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROWS = 1 << 18
+"""Words worked on at once: the 64-bit intermediates stay within a few MB whatever the tensor's size."""
+
+
+def packed_length(length: int, bits: int) -> int:
+    """Bytes that `length` codes of `bits` bits occupy."""
+    return -(-length // 8) * bits
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack integer codes [..., n] into bytes [..., ceil(n/8)*bits]; negative codes become two's complement."""
+    assert 1 <= bits <= 8
+    if bits == 8:
+        return codes.contiguous().view(torch.uint8)
+    length = codes.shape[-1]
+    padded = torch.nn.functional.pad(codes, (0, -length % 8)) if length % 8 else codes
+    groups = padded.reshape(-1, 8)
+    shift = torch.arange(8, device=codes.device) * bits
+    byte = torch.arange(bits, device=codes.device) * 8
+    packed = torch.empty(len(groups), bits, dtype=torch.uint8, device=codes.device)
+    for start in range(0, len(groups), _ROWS):
+        words = ((groups[start : start + _ROWS].long() & ((1 << bits) - 1)) << shift).sum(-1, keepdim=True)
+        packed[start : start + _ROWS] = ((words >> byte) & 255).to(torch.uint8)
+    return packed.reshape(*codes.shape[:-1], packed_length(length, bits))
+
+
+def unpack(packed: Tensor, bits: int, length: int, *, signed: bool) -> Tensor:
+    """The inverse of `pack`: codes [..., length], int8 when signed, else uint8."""
+    dtype = torch.int8 if signed else torch.uint8
+    if bits == 8:
+        return packed.contiguous().view(dtype)
+    groups = packed.reshape(-1, bits)
+    shift = torch.arange(8, device=packed.device) * bits
+    byte = torch.arange(bits, device=packed.device) * 8
+    codes = torch.empty(len(groups), 8, dtype=dtype, device=packed.device)
+    for start in range(0, len(groups), _ROWS):
+        words = (groups[start : start + _ROWS].long() << byte).sum(-1, keepdim=True)
+        values = (words >> shift) & ((1 << bits) - 1)
+        if signed:
+            values -= (values >> (bits - 1)) << bits
+        codes[start : start + _ROWS] = values.to(dtype)
+    return codes.reshape(*packed.shape[:-1], -1)[..., :length]

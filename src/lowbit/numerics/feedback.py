@@ -1,0 +1,93 @@
+"""The column sweep behind every error-feedback rounding: round a column, spread its error over the columns to come.
+
+With H = Σ x xᵀ and U the upper Cholesky factor of H⁻¹ (UᵀU = H⁻¹), rounding column i with error e = w_i - ŵ_i is best
+repaired by w_j -= e U_ij / U_ii for every j > i. The sweep is written column-major (Wᵀ, so that a column is a
+contiguous row), computes each column's correction when it is reached (one matrix-vector product, instead of a rank-one
+update of everything behind it), and corrects later columns tile by tile and block by block (one matrix product each).
+On a CPU the time goes into starting small operations, so views are made once per tile and nothing is stored twice.
+
+Shape letters: O rows of the weight, I columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+RoundColumn = Callable[[int, Tensor], Tensor]
+"""(column, corrected values [O]) -> rounded values [O] in a tensor of their own; remembers codes on the side."""
+OpenBlock = Callable[[int, Tensor], None]
+"""(first column, columns from there on [I - first, O], corrected by all blocks before) -> None."""
+
+
+_TILE = 32
+"""Columns whose errors one matrix-vector product gathers, few enough to stay in cache."""
+
+
+def damped(h: Tensor, damp: float) -> Tensor:
+    """H + damp·mean(diag H)·I; columns never excited get a unit diagonal, and have no correlation."""
+    diagonal = h.diagonal()
+    h = h.clone()
+    h.diagonal().add_(torch.where(diagonal <= 0, 1.0, damp * diagonal.mean()))
+    return h
+
+
+def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
+    """U upper triangular with UᵀU = (H + damp·mean(diag H)·I)⁻¹, for H [I, I] positive semi-definite.
+
+    H's factor taken from the last column backwards is upper triangular, H = R Rᵀ, and then U = R⁻¹: one Cholesky
+    factorization and one triangular inverse instead of the textbook's three steps. Whenever the factorization fails it
+    is tried in fp64, then with ten times the damping. Raises ValueError if H is beyond repair.
+    """
+    for attempt in range(attempts):
+        work = damped(h, max(damp, 1e-4 if attempt else 0.0) * 10**attempt)
+        for dtype in (torch.float32, torch.float64):
+            factor, info = torch.linalg.cholesky_ex(work.to(dtype).flip(0, 1))
+            if info.item():
+                continue
+            identity = torch.eye(len(h), dtype=dtype, device=h.device)
+            inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+            if bool(inverse.isfinite().all()):
+                return inverse.flip(0, 1).float()
+    raise ValueError(
+        "the inputs' Gram matrix cannot be factorized even with heavy damping: are the activations finite?"
+    )
+
+
+def sweep(
+    weight: Tensor, factor: Tensor, round_column: RoundColumn, *, block: int = 128, open_block: OpenBlock | None = None
+) -> Tensor:
+    """Round W [O, I] column by column with error feedback through U [I, I]; returns the rounded values [O, I], fp32.
+
+    `open_block` sees every block of columns before it is rounded, with all earlier errors spread into it.
+    """
+    working = weight.T.clone(memory_format=torch.contiguous_format)
+    errors = torch.empty_like(working[:block])
+    rounded: list[Tensor] = []
+    for start in range(0, len(working), block):
+        stop = min(start + block, len(working))
+        if open_block is not None:
+            open_block(start, working[start:])
+        u = factor[start:stop, start:stop]
+        shares = (u / u.diagonal()[:, None]).triu(1).T.contiguous()  # [j, i]: what column j takes of column i's error
+        for first in range(start, stop, _TILE):
+            last = min(first + _TILE, stop)
+            tile = slice(first - start, last - start)
+            rounded += _round_tile(first, working[first:last], errors[tile], shares[tile, tile], round_column)
+            working[last:stop].addmm_(shares[last - start : stop - start, tile], errors[tile], alpha=-1)
+        scaled = errors[: stop - start].div_(u.diagonal()[:, None])
+        working[stop:].addmm_(factor[start:stop, stop:].T, scaled, alpha=-1)
+    return torch.stack(rounded).T
+
+
+def _round_tile(
+    first: int, columns: Tensor, errors: Tensor, shares: Tensor, round_column: RoundColumn
+) -> Iterator[Tensor]:
+    """Round the tile's columns, corrected by the tile's earlier errors, and leave their own errors in `errors`."""
+    gather = errors.zero_().T  # a column's own error and those to come are still zero when it is reached
+    for i, (column, error, share) in enumerate(zip(columns.unbind(), errors.unbind(), shares.unbind(), strict=True)):
+        value = round_column(first + i, column.addmv_(gather, share, alpha=-1))
+        torch.sub(column, value, out=error)
+        yield value

@@ -1,0 +1,266 @@
+"""Scales and zero-points in storage dtype, and the two maps they define: values to codes, codes to values.
+
+The scale takes its storage dtype *here*, before anything is rounded with it, so that what is evaluated, saved and
+served is the same number. Arithmetic is fp32, division is by the stored scale, rounding is half to even. A *level* is
+a value divided by its scale after rounding: the integer code minus the zero-point, or the minifloat's value; it is
+what methods compute with, and a code is only its spelling.
+
+Shape letters: R rows, C columns of the last two axes, r x c the unit, so a units view is [..., R/r, r, C/c, c].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .spec import Float, Int, Number, ScaleDtype, Spec
+
+HALF_LARGEST = 65280.0
+"""The largest bf16 value below fp16's largest."""
+HALF_SMALLEST = 2.0**-24
+"""fp16's smallest positive value."""
+
+
+def store_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
+    """Round positive fp32 scales to what the storage dtype holds; the result is fp32 again, exact in that dtype."""
+    if dtype == "float32":
+        return scale
+    if dtype == "half":
+        return scale.clamp(HALF_SMALLEST, HALF_LARGEST).bfloat16().half().float().clamp_min(HALF_SMALLEST)
+    kind = getattr(torch, dtype)
+    return scale.clamp(torch.finfo(kind).tiny, torch.finfo(kind).max).to(kind).float()
+
+
+def unit_shape(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
+    """The unit r x c for a tensor of `shape`: -1, and a group wider than the row, become the whole axis.
+
+    Raises ValueError where a group does not divide its axis (square blocks pad instead).
+    """
+    rows, columns = shape[-2:]
+    r = rows if block[0] == -1 else block[0]
+    c = columns if block[1] == -1 else block[1]
+    if r > 1 and c > 1 and block[0] > 1:
+        return r, c
+    c = min(c, columns)
+    if columns % c:
+        raise ValueError(f"a group of {c} does not divide {columns} columns: choose a divisor of {columns}, or -1")
+    return r, c
+
+
+def to_units(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """View [..., R, C] as units [..., R/r, r, C/c, c]; square blocks are padded with zeros."""
+    r, c = unit_shape(x.shape, block)
+    rows, columns = x.shape[-2:]
+    if rows % r or columns % c:
+        x = torch.nn.functional.pad(x, (0, -columns % c, 0, -rows % r))
+    return x.reshape(*x.shape[:-2], x.shape[-2] // r, r, x.shape[-1] // c, c)
+
+
+def from_units(units: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `to_units` for a tensor of `shape`; padding is dropped."""
+    *lead, a, r, b, c = units.shape
+    return units.reshape(*lead, a * r, b * c)[..., : shape[-2], : shape[-1]]
+
+
+def unit_range(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every unit, fp32 [..., R/r, C/c]."""
+    units = to_units(x, block)
+    return units.amin((-3, -1)).float(), units.amax((-3, -1)).float()
+
+
+# --- levels and codes -------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def magnitudes(number: Float) -> Tensor:
+    """Every finite non-negative value of a minifloat, in the order of its codes."""
+    codes = torch.arange(1 << (number.bits - 1))
+    exponent, fraction = codes >> number.mantissa, (codes & ((1 << number.mantissa) - 1)) / (1 << number.mantissa)
+    values = torch.exp2(exponent.clamp_min(1).float() - number.bias) * (fraction + (exponent > 0))
+    return values[values <= number.largest]
+
+
+def cast_float(x: Tensor, number: Float) -> Tensor:
+    """Round fp32 values to the nearest value of a minifloat, ties to even, saturating at its largest.
+
+    The exponent comes from frexp: floor(log2) errs at powers of two.
+    """
+    exponent = (torch.frexp(x).exponent - 1).clamp_min(1 - number.bias)
+    step = torch.exp2((exponent - number.mantissa).float())
+    return ((x / step).round() * step).clamp(-number.largest, number.largest)
+
+
+def to_levels(y: Tensor, number: Number, zero: Tensor | None = None) -> Tensor:
+    """Round y = x/s to the format's levels. `zero` broadcasts against y. Integers round before z is added."""
+    if isinstance(number, Float):
+        return cast_float(y, number)
+    if zero is None:
+        return y.round().clamp_(number.low, number.high)
+    return torch.clamp(y.round(), number.low - zero, number.high - zero)
+
+
+def to_codes(levels: Tensor, number: Number, zero: Tensor | None = None) -> Tensor:
+    """Spell levels as codes: int8 for signed integers, uint8 for unsigned ones and for float bit patterns."""
+    if isinstance(number, Int):
+        codes = levels if zero is None else levels + zero
+        return codes.to(torch.int8 if number.signed else torch.uint8)
+    table = magnitudes(number).to(levels.device)
+    sign = torch.signbit(levels).to(torch.uint8) << (number.bits - 1)
+    return torch.searchsorted(table, levels.abs().contiguous()).to(torch.uint8) | sign
+
+
+def to_values(codes: Tensor, number: Number, zero: Tensor | None = None) -> Tensor:
+    """The inverse of `to_codes`: levels in fp32."""
+    if isinstance(number, Int):
+        return codes.float() if zero is None else codes.float() - zero
+    table = magnitudes(number).to(codes.device)
+    half = 1 << (number.bits - 1)
+    table = torch.nn.functional.pad(table, (0, half - len(table)), value=float("nan"))
+    return torch.cat([table, -table])[codes.int()]
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The representable values of every unit of a tensor.
+
+    `scale` and `zero` are [..., R/r, C/c] in fp32, the scale exact in its storage dtype; `zero` is None where the rule
+    has no zero-point, and counts codes otherwise.
+    """
+
+    spec: Spec
+    scale: Tensor
+    zero: Tensor | None = None
+
+    def _spread(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[..., :, None, :, None]
+
+    def levels(self, x: Tensor) -> Tensor:
+        """Round values [..., R, C] to levels of the same shape."""
+        units = to_units(x.float(), self.spec.block)
+        units = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, self._spread(self.zero))
+        return from_units(units, x.shape)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of values [..., R, C]: int8 or uint8, same shape."""
+        units = to_units(x.float(), self.spec.block)
+        zero = self._spread(self.zero)
+        levels = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, zero)
+        return from_units(to_codes(levels, self.spec.number, zero), x.shape)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of codes [..., R, C] in fp32: s (q - z), the definition of what was quantized."""
+        units = to_values(to_units(codes, self.spec.block), self.spec.number, self._spread(self.zero))
+        return from_units(units * self.scale[..., :, None, :, None], codes.shape)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Fake quantization in fp32: `decode(encode(x))` without the detour through codes."""
+        units = to_units(x.float(), self.spec.block)
+        scale = self.scale[..., :, None, :, None]
+        return from_units(to_levels(units / scale, self.spec.number, self._spread(self.zero)) * scale, x.shape)
+
+
+def grid_from_range(low: Tensor, high: Tensor, spec: Spec) -> Grid:
+    """The grid whose codes cover [low, high] of every unit under the spec's scale rule.
+
+    A unit without range, or with one too small for an fp32 scale, gets scale 1: zeros come back as zeros, never NaN.
+    """
+    number = spec.number
+    if isinstance(number, Float) or number.symmetric:
+        amax = torch.maximum(high.abs(), low.abs())
+        scale = amax / _amax_levels(number)
+        unsigned = isinstance(number, Int) and not number.signed
+        zero = torch.full_like(scale, float(1 << (number.bits - 1))) if unsigned else None
+        return Grid(spec, store_scale(torch.where(scale > 0, scale, 1.0), spec.scale), zero)
+    if number.rule != "asymmetric-raw":
+        low, high = low.clamp_max(0), high.clamp_min(0)
+    steps = 2**number.bits if number.rule == "asymmetric-deepspeed" else 2**number.bits - 1
+    scale = (high - low) / steps
+    scale = store_scale(torch.where(scale > 0, scale, 1.0), spec.scale)
+    zero = -(low / scale).round()
+    if number.rule != "asymmetric-deepspeed":
+        zero = zero.clamp(number.low, number.high)
+    return Grid(spec, scale, zero)
+
+
+def _amax_levels(number: Number) -> float:
+    """How many scales make up amax under a symmetric rule."""
+    if isinstance(number, Float):
+        return number.largest
+    if number.rule == "symmetric-restricted":
+        return float((1 << (number.bits - 1)) - 1)
+    if number.rule == "symmetric-full":
+        return float(1 << (number.bits - 1))
+    return ((1 << number.bits) - 1) / 2
+
+
+def fit_range(x: Tensor, spec: Spec) -> Grid:
+    """The plain min-max grid of values [..., R, C]."""
+    return grid_from_range(*unit_range(x, spec.block), spec)
+
+
+UnitError = Callable[[Tensor, slice], Tensor]
+"""(difference in units view [R/r, r, C/c, c], the rows of x it belongs to) -> error of every unit [R/r, C/c]."""
+
+_CHUNK = 1 << 19
+"""Elements searched at once, so that a candidate's temporaries stay in cache."""
+
+
+def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitError) -> Grid:
+    """For every unit of x [R, C] the grid of least error among those covering [p min, p max], p in `ratios`.
+
+    The first ratio wins ties, so put 1 first. The running best is kept apart from the original range: shrinkage must
+    not compound.
+    """
+    ratios = tuple(ratios)
+    rows, columns = x.shape
+    step = max(1, _CHUNK // columns) if spec.block[0] == 1 else rows
+    parts = [
+        _search_rows(x[a : a + step].float(), spec, ratios, error, slice(a, a + step)) for a in range(0, rows, step)
+    ]
+    zeros = [part.zero for part in parts]
+    zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None])
+    return Grid(spec, torch.cat([part.scale for part in parts]), zero)
+
+
+def _search_rows(x: Tensor, spec: Spec, ratios: tuple[float, ...], error: UnitError, rows: slice) -> Grid:
+    low, high = unit_range(x, spec.block)
+    units = to_units(x, spec.block)
+    best, least = None, torch.full_like(low, torch.inf)
+    for ratio in ratios:
+        grid = grid_from_range(low * ratio, high * ratio, spec)
+        scale = grid.scale[..., :, None, :, None]
+        levels = to_levels(units / scale, spec.number, grid._spread(grid.zero))
+        loss = error(levels.mul_(scale).sub_(units), rows)
+        better = loss < least
+        least = torch.where(better, loss, least)
+        best = grid if best is None else _choose(better, grid, best)
+    assert best is not None
+    return best
+
+
+def _choose(take: Tensor, new: Grid, old: Grid) -> Grid:
+    zero = None if new.zero is None or old.zero is None else torch.where(take, new.zero, old.zero)
+    return Grid(new.spec, torch.where(take, new.scale, old.scale), zero)
+
+
+def search_mse(
+    x: Tensor, spec: Spec, *, grid: int = 100, maxshrink: float = 0.8, norm: float = 2.4, weight: Tensor | None = None
+) -> Grid:
+    """The MSE range search: least sum of |x̂ - x|^norm per unit over the ranges 1, 1 - 1/grid, … > 1 - maxshrink.
+
+    `weight` [C] optionally weighs the error of each column, for instance by the diagonal of the inputs' Gram matrix.
+    """
+    per_column = None if weight is None else to_units(weight.float().expand(1, -1), (1, spec.block[1]))[0, 0]
+
+    def error(difference: Tensor, rows: slice) -> Tensor:
+        power = difference.abs_().log_().mul_(norm).exp_()  # |d|^norm; pow_ takes three times as long, log 0 is -inf
+        return (power if per_column is None else power.mul_(per_column)).sum(-1).sum(-2)  # one sum over both is slow
+
+    return search_range(x, spec, (1 - i / grid for i in range(int(maxshrink * grid))), error)

@@ -1,0 +1,167 @@
+"""Frozen descriptions of number formats: what a code means, which values share a scale, how the scale is stored.
+
+A description is data: two of them compare equal, hash, print and travel through JSON. All arithmetic is in `grid.py`.
+One mechanism covers every granularity: a *unit* is a rectangle of `block` = (rows, columns) of the last two axes, -1
+meaning the whole axis, and everything in a unit shares one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal[
+    "symmetric",
+    "symmetric-restricted",
+    "symmetric-full",
+    "symmetric-unsigned",
+    "asymmetric",
+    "asymmetric-raw",
+    "asymmetric-deepspeed",
+]
+ScaleDtype = Literal["half", "float32", "bfloat16", "float16"]
+"""How a scale is stored. "half" keeps values that bf16 and fp16 both hold exactly: every file format can carry them."""
+
+
+@dataclass(frozen=True)
+class Int:
+    """Integers of 1 to 8 bits under a named scale rule; amax, min and max are those of the unit, b the bits.
+
+    ====================  ==========================  =================  ==============================================
+    rule                  codes                       scale s            zero-point z
+    ====================  ==========================  =================  ==============================================
+    symmetric             [-2^(b-1), 2^(b-1) - 1]     2 amax/(2^b - 1)   none (GPTQ, compressed-tensors; the default)
+    symmetric-restricted  same                        amax/(2^(b-1)-1)   none (LLM-QAT and most papers)
+    symmetric-full        same                        amax/2^(b-1)       none (DeepSpeed); +amax saturates by one step
+    symmetric-unsigned    [0, 2^b - 1]                2 amax/(2^b - 1)   2^(b-1): the default's twin
+    asymmetric            [0, 2^b - 1]                (max-min)/(2^b-1)  round(-min/s), the range made to include 0
+    asymmetric-raw        same                        same               same on the raw range, clamped to the codes
+    asymmetric-deepspeed  same                        (max-min)/2^b      -round(min/s) of the range with 0, not clamped
+    ====================  ==========================  =================  ==============================================
+    """
+
+    bits: int
+    rule: Rule = "symmetric"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"integers have 1 to 8 bits, not {self.bits}")
+        if self.rule == "symmetric-restricted" and self.bits == 1:
+            raise ValueError("the symmetric-restricted rule needs 2 bits or more: at 1 bit its only code is zero")
+
+    @property
+    def symmetric(self) -> bool:
+        return self.rule.startswith("symmetric")
+
+    @property
+    def signed(self) -> bool:
+        return self.symmetric and self.rule != "symmetric-unsigned"
+
+    @property
+    def low(self) -> int:
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def high(self) -> int:
+        return self.low + (1 << self.bits) - 1
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + ("" if self.rule == "symmetric" else f" {self.rule}")
+
+
+@dataclass(frozen=True)
+class Float:
+    """A minifloat with E exponent and M mantissa bits, value ±2^(max(e,1)-bias) (m/2^M + [e>0]), bias 2^(E-1)-1.
+
+    `largest` is the greatest finite value: codes above it are reserved (E4M3's NaN, E5M2's infinities) and never made.
+    """
+
+    exponent: int
+    mantissa: int
+    largest: float
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def bias(self) -> int:
+        return int(2 ** (self.exponent - 1)) - 1
+
+    def __str__(self) -> str:
+        return f"fp{self.bits} e{self.exponent}m{self.mantissa}"
+
+
+E4M3 = Float(4, 3, 448.0)
+E5M2 = Float(5, 2, 57344.0)
+E2M1 = Float(2, 1, 6.0)
+
+Number = Int | Float
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A quantizer: numbers of one format, one scale per unit of `block` rows by columns, scales stored in `scale`.
+
+    `dynamic` says that the range is recomputed at every call (activations only). A group wider than the axis means
+    the whole axis; any other width must divide it, except in square blocks, which pad with zeros.
+    """
+
+    number: Number
+    block: tuple[int, int] = (1, -1)
+    scale: ScaleDtype = "half"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if any(size == 0 or size < -1 for size in self.block):
+            raise ValueError(f"a unit is at least 1 x 1, or -1 for a whole axis, not {self.block[0]} x {self.block[1]}")
+
+    @property
+    def bits(self) -> int:
+        return self.number.bits
+
+    @property
+    def square(self) -> bool:
+        return self.block[0] > 1 and self.block[1] > 1
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale, -1 for all of them."""
+        return self.block[1]
+
+    def __str__(self) -> str:
+        named = {(1, self.group): f"group {self.group}", (1, -1): "per row", (-1, -1): "per tensor"}
+        where = named.get(self.block, f"block {self.block[0]}x{self.block[1]}")
+        return f"{self.number}, {where}{', dynamic' if self.dynamic else ''}"
+
+
+def per_tensor(number: Number, *, scale: ScaleDtype = "half", dynamic: bool = False) -> Spec:
+    """One scale for everything."""
+    return Spec(number, (-1, -1), scale, dynamic)
+
+
+def per_channel(number: Number, *, scale: ScaleDtype = "half") -> Spec:
+    """One scale per output row of a weight [O, I]."""
+    return Spec(number, (1, -1), scale)
+
+
+def per_group(number: Number, size: int, *, scale: ScaleDtype = "half") -> Spec:
+    """One scale per `size` consecutive input columns of each row; -1 is the whole row."""
+    return Spec(number, (1, size), scale)
+
+
+def per_token(number: Number, *, scale: ScaleDtype = "float32", dynamic: bool = True) -> Spec:
+    """One scale per token of an activation [..., T, D]."""
+    return Spec(number, (1, -1), scale, dynamic)
+
+
+def per_head(number: Number, width: int, *, scale: ScaleDtype = "half", dynamic: bool = True) -> Spec:
+    """One scale per head of `width` channels: for each token when dynamic, over all tokens when static."""
+    return Spec(number, (1 if dynamic else -1, width), scale, dynamic)
+
+
+def per_block(number: Number, size: int, *, scale: ScaleDtype = "float32") -> Spec:
+    """One scale per `size` x `size` square, symmetric (FP8 128 x 128)."""
+    if isinstance(number, Int) and not number.symmetric:
+        raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
+    return Spec(number, (size, size), scale)

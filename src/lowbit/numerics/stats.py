@@ -1,0 +1,108 @@
+"""What methods need to know of a linear's inputs, streamed: nothing here grows with the number of tokens.
+
+Every statistic is over the rows of X [T, I] (T tokens, I input features), accumulates in fp32, and can be transported
+through a diagonal map: where a fold divides the inputs by s, the statistics of the new inputs follow from the old ones
+exactly, so a block need not be replayed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TILE = 512
+"""Columns of a Gram tile. Only tiles on and above the diagonal are computed, 5/8 of the work at four tiles a side."""
+
+
+class Gram:
+    """The Gram matrix H = Σ x xᵀ [I, I], fp32, and the number of tokens behind it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [T, I]. bf16 inputs are widened first: their products are exact, the sums fp32."""
+        x = x.float()
+        width = x.shape[-1]
+        if self._sum is None:
+            self._sum = torch.zeros(width, width, device=x.device)
+        for a in range(0, width, _TILE):
+            self._sum[a : a + _TILE, a:].addmm_(x[:, a : a + _TILE].T, x[:, a:])
+        self.count += x.shape[0]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The full symmetric matrix Σ x xᵀ (not divided by the count), a copy."""
+        assert self._sum is not None, "no inputs were observed"
+        upper = self._sum.triu()
+        return upper + upper.triu(1).T
+
+    def transport(self, scale: Tensor) -> None:
+        """Inputs become x / scale, [I]."""
+        if self._sum is not None:
+            self._sum.div_(scale[:, None]).div_(scale)
+
+
+class AbsMean:
+    """The mean magnitude of every input channel, [I]."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [T, I]; the sum is in fp32, since bf16 sums stall."""
+        total = x.abs().sum(0, dtype=torch.float32)
+        self._sum = total if self._sum is None else self._sum + total
+        self.count += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        assert self._sum is not None, "no inputs were observed"
+        return self._sum / self.count
+
+    def merge(self, other: AbsMean) -> None:
+        """Add what another has seen, for instance another expert behind the same norm."""
+        if other._sum is not None:
+            self._sum = other._sum.clone() if self._sum is None else self._sum + other._sum
+            self.count += other.count
+
+    def transport(self, scale: Tensor) -> None:
+        """Inputs become x / scale, [I]."""
+        if self._sum is not None:
+            self._sum = self._sum / scale.abs()
+
+
+class MinMax:
+    """The smallest and largest value of every input channel, [I] each."""
+
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [T, I]."""
+        low, high = x.amin(0).float(), x.amax(0).float()
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    @property
+    def amax(self) -> Tensor:
+        """The largest magnitude of every channel."""
+        assert self.low is not None and self.high is not None, "no inputs were observed"
+        return torch.maximum(-self.low, self.high)
+
+    def merge(self, other: MinMax) -> None:
+        """Widen to cover what another has seen."""
+        if other.low is not None and other.high is not None:
+            self.low = other.low if self.low is None else torch.minimum(self.low, other.low)
+            self.high = other.high if self.high is None else torch.maximum(self.high, other.high)
+
+    def transport(self, scale: Tensor) -> None:
+        """Inputs become x / scale, [I], scale positive."""
+        if self.low is not None and self.high is not None:
+            self.low, self.high = self.low / scale, self.high / scale
+
+
+Statistic = Gram | AbsMean | MinMax

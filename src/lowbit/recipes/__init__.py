@@ -1,0 +1,68 @@
+"""Recipes by name or file: what `--recipe`, `--set`, `--override` and `--ignore` mean, and what `lowbit recipes` shows.
+
+A recipe itself is `methods.base.Recipe`; here is only its spelling. `grammar` reads names, `document` reads and writes
+YAML, and both know methods from the registry alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from os.path import isfile
+from pathlib import Path
+
+from ..methods.base import Recipe
+from .document import Calibration, LoadedRecipe, from_dict, load_yaml, to_dict, to_yaml
+from .grammar import EXAMPLE, parse, parse_override
+from .named import NAMED
+from .settings import assign
+
+__all__ = [
+    "NAMED",
+    "Calibration",
+    "LoadedRecipe",
+    "from_dict",
+    "load_yaml",
+    "parse",
+    "resolve",
+    "show",
+    "to_dict",
+    "to_yaml",
+]
+
+
+def resolve(
+    recipe: str | Path | Recipe,
+    *,
+    settings: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+) -> LoadedRecipe:
+    """The recipe of a name or a YAML file, changed as asked; a `Recipe` is taken as it is.
+
+    settings: `gptq.damp=0.05` or a path of the document, in order. overrides: `PATTERN=SCHEME`, the last that matches
+    a site wins. ignore: patterns of sites kept in 16 bits, whatever the overrides say. Raises ValueError with one
+    sentence of advice.
+    """
+    loaded = LoadedRecipe(recipe) if isinstance(recipe, Recipe) else _load(recipe)
+    for setting in settings:
+        loaded = assign(loaded, setting)
+    if "" in ignore:
+        raise ValueError("an empty pattern matches nothing: write for instance --ignore '*.down_proj'")
+    scheme = loaded.recipe.scheme
+    scheme = replace(scheme, overrides=(*scheme.overrides, *map(parse_override, overrides)))
+    return replace(loaded, recipe=replace(loaded.recipe, scheme=scheme).ignoring(ignore))
+
+
+def show(recipe: str | Path) -> str:
+    """The recipe of a name or file as complete YAML."""
+    loaded = resolve(recipe)
+    return to_yaml(loaded.recipe, loaded.calibration)
+
+
+def _load(source: str | Path) -> LoadedRecipe:
+    if Path(source).suffix in (".yaml", ".yml"):
+        return load_yaml(source)
+    if isinstance(source, Path) or isfile(source):
+        raise ValueError(f"{source} is no recipe: give a file that ends in .yaml, or a name such as {EXAMPLE}")
+    return LoadedRecipe(parse(source))

@@ -1,0 +1,1 @@
+"""Running quantized models: loading them, and proving exports."""

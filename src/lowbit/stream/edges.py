@@ -1,0 +1,148 @@
+"""What a transform sees of one edge, and how its answer is folded in.
+
+Candidates are tried by calling the inspected module functionally with other weights: nothing is modified, so nothing
+has to be restored. Where the inspected module is the one linear itself, its mean squared output change follows from
+the Gram matrix, over all tokens and without a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..graph.anatomy import Edge, Norm
+from ..methods.base import Stats
+from ..modules.linear import quantize_activation
+from ..numerics.spec import Spec
+from ..numerics.stats import AbsMean, MinMax
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states among a module's outputs."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass
+class Sample:
+    """One recorded call of an inspected module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+@dataclass
+class BlockEdge:
+    """An `EdgeView`: one edge of a loaded block with its statistics and recorded calls."""
+
+    edge: Edge
+    block: nn.Module
+    weights: Sequence[Tensor]
+    specs: Sequence[Spec | None]
+    activations: Sequence[Spec | None]
+    stats: Sequence[Stats]
+    samples: Sequence[Sample]
+    dtype: torch.dtype
+    _base: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean magnitude of the input channels over all readers' tokens, [I]."""
+        merged = AbsMean()
+        for stats in self._distinct():
+            assert stats.absmean is not None
+            merged.merge(stats.absmean)
+        return merged.mean
+
+    @property
+    def amax(self) -> Tensor:
+        """Largest magnitude of the input channels, [I]."""
+        merged = MinMax()
+        for stats in self._distinct():
+            assert stats.minmax is not None
+            merged.merge(stats.minmax)
+        return merged.amax
+
+    def _distinct(self) -> list[Stats]:
+        return list({id(stats): stats for stats in self.stats}.values())
+
+    def to_source(self, x: Tensor) -> Tensor:
+        """Reduce reader channels [I] to source channels: the largest of those that read the same one."""
+        if self.edge.channels is None:
+            return x
+        channels = torch.tensor(self.edge.channels, device=x.device)
+        reduced = x.new_zeros(int(channels.max()) + 1)
+        return reduced.scatter_reduce(0, channels, x, "amax", include_self=False)
+
+    def to_readers(self, scale: Tensor) -> Tensor:
+        """Spread a scale over source channels to reader channels [I]."""
+        return scale if self.edge.channels is None else scale[torch.tensor(self.edge.channels, device=scale.device)]
+
+    def error(self, weights: Sequence[Tensor], scale: Tensor) -> float:
+        """Mean squared change of the inspected output if the readers held `weights` (given for unscaled inputs)."""
+        if inspects_reader(self.edge) and self.activations[0] is None:
+            difference = weights[0] - self.weights[0]
+            tokens = max(1, self.stats[0].tokens)
+            return float(((difference @ self.stats[0].hessian()) * difference).sum() / (tokens * len(difference)))
+        return self._replayed_error(weights, scale)
+
+    def _replayed_error(self, weights: Sequence[Tensor], scale: Tensor) -> float:
+        module = self.block.get_submodule(self.edge.inspect)
+        if not self._base:
+            self._base = {name: tensor.detach().to(self.dtype) for name, tensor in module.named_parameters()}
+        candidate = dict(self._base)
+        for site, weight in zip(self.edge.readers, weights, strict=True):
+            path = f"{self._relative(site.name)}.weight".lstrip(".")
+            candidate[path] = (weight.T if site.transposed else weight).to(self.dtype)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        with ExitStack() as stack:
+            self._quantize_inputs(stack, scale)
+            for sample in self.samples:
+                output = first(functional_call(module, candidate, sample.args, sample.kwargs))
+                total += (output.float() - sample.output.float()).square().sum().double().cpu()
+                count += output.numel()
+        return float(total / max(1, count))
+
+    def _relative(self, path: str) -> str:
+        return path[len(self.edge.inspect) :].lstrip(".") if self.edge.inspect else path
+
+    def _quantize_inputs(self, stack: ExitStack, scale: Tensor) -> None:
+        """Let the readers see Q(x/s)·s while the stack is open, where the scheme quantizes their inputs."""
+        for site, spec in zip(self.edge.readers, self.activations, strict=True):
+            if spec is not None:
+                hook = _input_quantizer(spec, scale)
+                stack.callback(self.block.get_submodule(site.name).register_forward_pre_hook(hook).remove)
+
+
+def _input_quantizer(spec: Spec, scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0].float() / scale
+        return ((quantize_activation(x, spec, None) * scale).to(args[0].dtype), *args[1:])
+
+    return hook
+
+
+def inspects_reader(edge: Edge) -> bool:
+    """Whether the edge is judged by the output of its only reader, which the Gram matrix alone determines."""
+    return len(edge.readers) == 1 and edge.inspect == edge.readers[0].name
+
+
+def stored_scale(block: nn.Module, edge: Edge, scale: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The scale nearest to `scale` whose folded norm gain is exact in the checkpoint's dtype: folding changes nothing.
+
+    `block` holds fp32 copies of the checkpoint's `tensors`. The gain is what stays in 16 bits; weights are folded in
+    fp32 and quantized from there, so rows of a linear take any scale. Channels whose gain is zero keep scale 1.
+    """
+    if not isinstance(edge.source, Norm):
+        return scale
+    name, offset = f"{edge.source.name}.weight", edge.source.offset
+    gain = block.get_parameter(name).detach() + offset
+    stored = (gain / scale - offset).to(tensors[name].dtype).float() + offset
+    exact = gain / stored
+    return torch.where((stored != 0) & exact.isfinite() & (exact > 0), exact, torch.ones_like(scale))

@@ -1,0 +1,83 @@
+"""Hidden states between two blocks: one tensor per micro-batch, in memory up to a budget and on disk beyond it.
+
+Where a state lies never changes what it holds, so a run under any budget gives the same bytes. States on disk are raw
+files in a scratch folder of the run directory; they are rewritten in place as the sweep advances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..formats.files import read_shard, write_shard
+
+
+class HiddenStates:
+    """A list of micro-batches [b, T, D] that spills to `directory` when it outgrows `budget` bytes."""
+
+    def __init__(self, budget: int, directory: Path) -> None:
+        self._budget = budget
+        self._directory = directory
+        self._kept: list[Tensor | None] = []
+        self._bytes = 0
+
+    def append(self, state: Tensor) -> None:
+        """Add a micro-batch at the end."""
+        self._kept.append(None)
+        self[len(self._kept) - 1] = state
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Tensor:
+        kept = self._kept[index]
+        return read_shard(self._file(index))["state"] if kept is None else kept
+
+    def __setitem__(self, index: int, state: Tensor) -> None:
+        old = self._kept[index]
+        self._bytes -= 0 if old is None else old.nbytes
+        if self._bytes + state.nbytes <= self._budget:
+            self._kept[index] = state.to("cpu")
+            self._bytes += state.nbytes
+        else:
+            self._kept[index] = None
+            self._directory.mkdir(parents=True, exist_ok=True)
+            write_shard(self._file(index), {"state": state})
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def clear(self) -> None:
+        """Drop every state and the scratch files."""
+        self._kept, self._bytes = [], 0
+        if self._directory.exists():
+            for file in self._directory.glob("*.safetensors"):
+                file.unlink()
+            self._directory.rmdir()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Every state by name, for a file that `restore` reads."""
+        return {f"state.{index:05d}": state for index, state in enumerate(self)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Replace the states by those of a snapshot."""
+        for index in range(len(self)):
+            self[index] = tensors[f"state.{index:05d}"]
+
+    def _file(self, index: int) -> Path:
+        return self._directory / f"{index:05d}.safetensors"
+
+
+def micro_batches(windows: list[Tensor], tokens: int) -> list[Tensor]:
+    """Group token windows of equal length, in order, into batches [b, T] of at most `tokens` tokens (at least one)."""
+    batches: list[list[Tensor]] = []
+    for window in windows:
+        last = batches[-1] if batches else None
+        if last is not None and len(last[0]) == len(window) and (len(last) + 1) * len(window) <= tokens:
+            last.append(window)
+        else:
+            batches.append([window])
+    return [torch.stack(batch) for batch in batches]

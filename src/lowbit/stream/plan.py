@@ -1,0 +1,208 @@
+"""The plan: which site gets which format, what it will cost, and every reason to refuse, before a weight is read.
+
+A plan is made from names and shapes alone. What cannot work is refused here in a second, so that no run fails at night.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+import time
+from math import prod
+
+import torch
+
+from ..graph.anatomy import Anatomy, Site
+from ..methods.base import Recipe
+from ..numerics.bits import packed_length
+from ..numerics.grid import unit_shape
+from ..numerics.spec import Spec
+from .block import Formats
+from .checkpoint import Checkpoint
+
+Refuse = Callable[[Spec, Spec | None, Site], str | None]
+"""A target format's objection to (weight format, input format, site), or None."""
+
+BASE_BYTES = 450 << 20
+"""Resident memory of Python with torch and transformers loaded."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Formats of every site of every block, and what the run will need."""
+
+    anatomy: Anatomy
+    recipe: Recipe
+    formats: tuple[Formats, ...]
+    notices: tuple[str, ...]
+    block_bytes: int
+    """Checkpoint bytes of the largest block."""
+    hidden_bytes: int
+    """Hidden states of all calibration text between two blocks."""
+    working_bytes: int
+    """What one block needs beside its own weights: copies, statistics, factorizations."""
+    flops: float
+    """Arithmetic of the whole run: forwards, Gram matrices, factorizations, feedback."""
+    quantized_weights: int
+    stored_bytes: int
+    """Bytes that the quantized sites will take in the file."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak of resident memory: this block and the next, working copies, hidden states."""
+        return BASE_BYTES + 2 * self.block_bytes + self.working_bytes + self.hidden_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 × stored bytes of the quantized sites / their number of weights."""
+        return 8 * self.stored_bytes / max(1, self.quantized_weights)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    recipe: Recipe,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    refuse: Refuse | None = None,
+) -> Plan:
+    """Resolve the recipe on a bound checkpoint for `tokens` tokens of calibration text.
+
+    Raises ValueError, in one sentence, where the recipe cannot be carried out on this model or `refuse` objects.
+    """
+    _check_patterns(anatomy, recipe)
+    formats = tuple(
+        {site.name: recipe.scheme.formats(anatomy.full_name(index, site.name)) for site in block.sites}
+        for index, block in enumerate(anatomy.blocks)
+    )
+    chosen = [
+        (anatomy.full_name(index, site.name), site, *formats[index][site.name])
+        for index, block in enumerate(anatomy.blocks)
+        for site in block.sites
+    ]
+    quantized = [(name, site, weights, inputs) for name, site, weights, inputs in chosen if weights is not None]
+    if not quantized:
+        raise ValueError("the recipe quantizes nothing: every linear is kept in 16 bits")
+    for name, site, weights, inputs in quantized:
+        _check_site(name, site, weights, inputs, refuse)
+    width = max(site.shape[1] for site in anatomy.blocks[0].sites)
+    prefixes = [f"{anatomy.layers}.{index}." for index in range(len(anatomy.blocks))]
+    block_bytes = max(checkpoint.nbytes(checkpoint.names(prefix)) for prefix in prefixes)
+    hidden = _hidden_width(anatomy)
+    text = recipe.calibrated
+    return Plan(
+        anatomy,
+        recipe,
+        formats,
+        _notices(anatomy, recipe),
+        block_bytes,
+        tokens * hidden * dtype.itemsize if text else 0,
+        _working_bytes(anatomy, recipe, block_bytes),
+        sum(_flops(site, recipe, tokens if text else 0) for _, site, _, _ in chosen),
+        sum(prod(site.shape) for _, site, _, _ in quantized),
+        sum(stored_bytes(site.shape, weights) for _, site, weights, _ in quantized),
+    )
+
+
+def stored_bytes(shape: tuple[int, int], spec: Spec) -> int:
+    """Bytes of codes, scales and zero-points of a site in lowbit's own files."""
+    r, c = unit_shape(torch.Size(shape), spec.block)
+    rows, columns = -(-shape[0] // r), -(-shape[1] // c)
+    scale = 4 if spec.scale == "float32" else 2
+    rule = getattr(spec.number, "rule", "symmetric")
+    zero = 0
+    if rule.startswith("asymmetric") or rule == "symmetric-unsigned":
+        zero = rows * (4 * columns if rule == "asymmetric-deepspeed" else packed_length(columns, spec.bits))
+    return shape[0] * packed_length(shape[1], spec.bits) + rows * columns * scale + zero
+
+
+def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
+    """Every override must match something: one that is silently ignored is a wrong model."""
+    names = [anatomy.full_name(i, site.name) for i, block in enumerate(anatomy.blocks) for site in block.sites]
+    outside = (anatomy.head, anatomy.embedding)
+    for override in recipe.scheme.overrides:
+        if any(fnmatchcase(name, override.pattern) for name in names):
+            continue
+        if any(fnmatchcase(name, override.pattern) for name in outside):
+            if override.weights is None:
+                continue
+            raise ValueError(f"{override.pattern} matches the head or embedding, which stay in 16 bits: drop that override")
+        leaves = sorted({name.rpartition(".")[2] for name in names})
+        near = get_close_matches(override.pattern.rpartition(".")[2].strip("*"), leaves, 1, 0.4)
+        hint = f"did you mean *.{near[0]}?" if near else f"linears end in {', '.join(leaves[:6])}"
+        raise ValueError(f"the pattern {override.pattern!r} matches no linear of this model: {hint}")
+
+
+def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None, refuse: Refuse | None) -> None:
+    try:
+        unit_shape(torch.Size(site.shape), weights.block)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if inputs is not None and not inputs.dynamic and inputs.block != (-1, -1):
+        raise ValueError(f"{name}: static activation formats are per tensor; make {inputs} dynamic or per tensor")
+    if inputs is not None and inputs.dynamic:
+        try:
+            unit_shape(torch.Size((1, site.shape[1])), inputs.block)
+        except ValueError as error:
+            raise ValueError(f"{name}, activations: {error}") from None
+    reason = None if refuse is None else refuse(weights, inputs, site)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+
+
+def _hidden_width(anatomy: Anatomy) -> int:
+    """Width of the residual stream: that of the linears behind the first tap."""
+    return anatomy.blocks[0].taps[0].sites[0].shape[1]
+
+
+def _notices(anatomy: Anatomy, recipe: Recipe) -> tuple[str, ...]:
+    """What the recipe's transforms will skip, and why; once per kind of block."""
+    if not recipe.transforms:
+        return ()
+    seen = dict.fromkeys(f"{place}: {reason}" for block in anatomy.blocks for place, reason in block.refused)
+    names = "+".join(transform.name for transform in recipe.transforms)
+    return tuple(f"{names} skips {line}" for line in seen)
+
+
+def _working_bytes(anatomy: Anatomy, recipe: Recipe, block_bytes: int) -> int:
+    widths = [tap.sites[0].shape[1] for tap in anatomy.blocks[0].taps]
+    largest = max(prod(site.shape) for block in anatomy.blocks for site in block.sites)
+    total = block_bytes // 2 + 3 * 4 * largest
+    if "gram" in recipe.needs:
+        total += 4 * sum(w * w for w in widths) + 3 * 4 * max(widths) ** 2 + block_bytes
+    if recipe.transforms:
+        total += 2 * block_bytes
+    return total
+
+
+def _flops(site: Site, recipe: Recipe, tokens: int) -> float:
+    """Two forwards, the Gram matrix and, once per site, a factorization and the error feedback."""
+    outputs, inputs = site.shape
+    forwards = 4.0 * tokens * outputs * inputs
+    if "gram" not in recipe.needs:
+        return forwards
+    return forwards + tokens * inputs**2 + inputs**3 + 2.0 * outputs * inputs**2
+
+
+def plan_summary(plan: Plan) -> Mapping[str, Sequence[str]]:
+    """Format -> names of the linears that get it (within a block, over all blocks), for `lowbit inspect`."""
+    kinds: dict[str, dict[str, None]] = {}
+    for formats in plan.formats:
+        for name, (weights, inputs) in formats.items():
+            label = "16 bits" if weights is None else f"{weights}" + (f", inputs {inputs}" if inputs else "")
+            kinds.setdefault(label, {})[name] = None
+    return {label: list(names) for label, names in kinds.items()}
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a middling matrix product here and now, for estimates only."""
+    a = torch.ones(1024, 1024, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best
