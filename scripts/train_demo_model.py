@@ -12,8 +12,8 @@ Four steps run in this order unless named one by one: `tokenizer` and `texts` (C
 device), `card` (either). Each reads what the earlier ones left in the output directory, so that `train` alone can run
 on another machine. A text file is documents separated by a line holding only `<|endoftext|>`.
 
-Tokenizer and texts come out the same on every run. Training is seeded, but GPU arithmetic and a length measured in
-minutes are not repeatable to the bit; `--tokens` alone fixes the length.
+Tokenizer and texts come out the same on every run. Training is seeded, but neither GPU arithmetic nor a length measured
+in minutes repeats to the bit; `--tokens` fixes the length where the minutes allow it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,6 @@ def read_documents(path: Path) -> list[str]:
     return [document for part in text.split(f"\n{SEPARATOR}\n") if (document := part.strip("\n"))]
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
 def make_tokenizer(corpus: list[str], directory: Path) -> None:
     """Byte-level BPE, learnt on every fourth document; `<|endoftext|>` is id 0 and serves as BOS, EOS and padding."""
     tokenizer = Tokenizer(models.BPE())
@@ -115,9 +112,6 @@ def encode(documents: list[str], tokenizer: Tokenizer, batch: int = 256) -> nump
         for encoding in tokenizer.encode_batch_fast(documents[start : start + batch], add_special_tokens=False):
             pieces.append(numpy.array([BOS, *encoding.ids], dtype=numpy.uint16))
     return numpy.concatenate(pieces)
-
-
-# --- texts -------------------------------------------------------------------------------------------------------
 
 
 def cut(excerpt: Excerpt, books: list[str]) -> str:
@@ -160,9 +154,6 @@ def make_texts(corpus: list[str], books: list[str], directory: Path) -> None:
         text = f"\n{SEPARATOR}\n".join(documents) + f"\n{SEPARATOR}\n"
         (directory / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{name}.txt: {len(text.encode())} bytes", flush=True)
-
-
-# --- training ----------------------------------------------------------------------------------------------------
 
 
 def demo_config() -> LlamaConfig:
@@ -291,9 +282,6 @@ def train(corpus: list[str], directory: Path, rows: int, budget: int, minutes: f
     (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-# --- card --------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def perplexity(directory: Path, path: Path) -> tuple[float, int]:
     """Perplexity in fp32 over windows of WINDOW tokens that do not overlap, and their number."""
@@ -324,9 +312,10 @@ download. It writes plausible English and knows nothing; do not use it for anyth
 |---|---|
 | architecture | `LlamaForCausalLM`, {parameters:,} parameters, {config.num_hidden_layers} blocks |
 | widths | hidden {config.hidden_size}, intermediate {config.intermediate_size} |
-| attention | {config.num_attention_heads} query heads, {config.num_key_value_heads} key-value heads of {config.head_dim} (grouped-query) |
+| query heads | {config.num_attention_heads} of width {config.head_dim} |
+| key-value heads | {config.num_key_value_heads} (grouped-query attention) |
 | head | tied to the embedding |
-| vocabulary | {config.vocab_size}, byte-level BPE; `<|endoftext|>` (id 0) is BOS, EOS and padding, and starts every document |
+| vocabulary | {config.vocab_size}, byte-level BPE; `<|endoftext|>` (id 0) is BOS, EOS and padding |
 | context | {config.max_position_embeddings}; trained on windows of {window} |
 | weights | bf16 |
 
@@ -335,8 +324,8 @@ download. It writes plausible English and knows nothing; do not use it for anyth
 {seconds:.0f} seconds on one GPU with `scripts/train_demo_model.py`. Mean loss of the last 200 steps: {loss:.4f} nats a
 token (perplexity {training_perplexity:.2f}).
 
-Data: English Wikipedia articles of 2019, whose text their authors license under
-[CC BY-SA](https://creativecommons.org/licenses/by-sa/3.0/), and books of Project Gutenberg that are in the public
+Data: 125 MB of English Wikipedia articles of 2019, whose text their authors license under
+[CC BY-SA](https://creativecommons.org/licenses/by-sa/3.0/), and 45 MB of books of Project Gutenberg, in the public
 domain in the United States. The corpus itself is not part of the package.
 
 ## Evaluation
@@ -357,7 +346,7 @@ def write_card(output: Path) -> None:
     facts = json.loads((directory / "training.json").read_text())
     value, windows = perplexity(directory, output / "text" / "evaluation.txt")
     texts = "\n".join(
-        f"- `text/{name}.txt`: " + "; ".join(f"_{e.title}_ ({e.author})" for e in excerpts) + " (excerpts)."
+        f"- `text/{name}.txt`: excerpts of " + "; ".join(f"_{e.title}_ ({e.author})" for e in excerpts)
         for name, excerpts in TEXTS.items()
     )
     card = CARD.format(

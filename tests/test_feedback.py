@@ -7,8 +7,6 @@ of the columns that remain is computed anew.
 
 from __future__ import annotations
 
-from math import comb
-
 import pytest
 import torch
 from torch import Tensor
@@ -83,8 +81,13 @@ def test_damping_grows_until_the_factorization_succeeds(damp: float) -> None:
 
 
 def test_fp64_comes_before_more_damping() -> None:
-    """Pascal's matrix of order 10, exact in fp32, condition 4e9: beyond fp32, within fp64."""
-    h = torch.tensor([[float(comb(i + j, i)) for j in range(10)] for i in range(10)])
+    """Pairs of columns with integer entries and determinant 1: exact in fp32, singular to it, and harmless in fp64."""
+    pairs = []
+    for k in range(11, 51):
+        m = torch.tensor([[1.0, k], [k + 7.0, k * (k + 7.0) + 1.0]])
+        pairs.append(m @ m.T)
+    h = torch.block_diag(*pairs)
+    assert h.max() < 2**24 and torch.linalg.cholesky_ex(h.flip(0, 1))[1] > 0
     assert relative(inverse_factor(h, 0.0), textbook(h, 0.0)) < 1e-4
 
 
@@ -93,7 +96,7 @@ def test_fp64_comes_before_more_damping() -> None:
 def test_inputs_that_are_not_finite_are_refused(bad: float, place: tuple[int, int]) -> None:
     h = gram(40, 10)
     h[place] = h[place[::-1]] = bad
-    with pytest.raises(ValueError, match="are the activations finite"):
+    with pytest.raises(ValueError, match="not finite: look for NaN"):
         inverse_factor(h, 0.01)
 
 

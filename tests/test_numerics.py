@@ -75,11 +75,11 @@ def oracle(unit: list[float], number: Int, storage: ScaleDtype) -> tuple[list[in
         "asymmetric-deepspeed": lambda: (f32(high - low) / 2**b, unsigned),
     }[number.rule]()
     s = stored(f32(scale), storage) if scale else 1.0
-    z = {"symmetric-unsigned": 2 ** (b - 1), "asymmetric": round(f32(-low / s))}.get(number.rule, 0)
-    if number.rule == "asymmetric-raw":
-        z = min(max(round(f32(-low / s)), qmin), qmax)
-    if number.rule == "asymmetric-deepspeed":
-        z = -round(f32(low / s))
+    z = 2 ** (b - 1) if number.rule == "symmetric-unsigned" else 0
+    if not number.symmetric:
+        z = round(f32(-low / s))
+    if number.rule in ("asymmetric", "asymmetric-raw"):
+        z = min(max(z, qmin), qmax)  # the former only where its scale was stored smaller than it was computed
     codes = [min(max(round(f32(x / s)) + z, qmin), qmax) for x in unit]
     return codes, [f32(s * (q - z)) for q in codes]
 

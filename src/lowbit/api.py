@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,10 @@ if TYPE_CHECKING:
 
     from .evaluate.report import EvaluationReport
     from .graph.anatomy import Anatomy
+    from .methods.base import Recipe
+    from .runtime.verify import Verification
     from .stream.checkpoint import Checkpoint
-    from .stream.plan import Plan
+    from .stream.plan import Plan, Refuse
 
 Notice = Callable[[str], None]
 """Receives one sentence that the user should see."""
@@ -29,8 +30,6 @@ OnBlock = Callable[[int, int, "dict[str, Any] | None"], None]
 """(block, number of blocks, its report when done; None when it starts)."""
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-COPIED = ("generation_config.json", "chat_template.jinja", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "tokenizer*")
-"""Files beside the weights that a quantized model needs as they are."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Request:
     """Everything that `quantize` can be asked for; names and defaults are those of the command line."""
 
     model: str
-    recipe: str
+    recipe: str | Recipe
     output: str | None = None
     settings: Sequence[str] = ()
     overrides: Sequence[str] = ()
@@ -76,13 +75,13 @@ class Quantized:
         return {key: getattr(self, key) for key in keys}
 
 
-def quantize(model: str | Path, recipe: str, output: str | Path, **options: Any) -> Quantized:
-    """Quantize `model` (directory, hub id or `demo`) by a recipe (name or YAML file) into the directory `output`.
+def quantize(model: str | Path, recipe: str | Path | Recipe, output: str | Path, **options: Any) -> Quantized:
+    """Quantize `model` (directory, hub id or `demo`) by a recipe (name, YAML file or `Recipe`) into the directory `output`.
 
     Options are the other fields of `Request`. A directory that an interrupted run left behind is gone on with; a
     finished one is left unchanged. Raises ValueError, in one sentence, for a request that cannot be met.
     """
-    return run(Request(str(model), str(recipe), str(output), **options))
+    return run(Request(str(model), str(recipe) if isinstance(recipe, Path) else recipe, str(output), **options))
 
 
 @dataclass
@@ -248,6 +247,106 @@ def evaluate(
     return report
 
 
+@dataclass(frozen=True)
+class Exported:
+    """An exported directory and, where it was asked for, what its client made of it."""
+
+    path: Path
+    format: str
+    size_bytes: int
+    verification: Verification | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing speaks against using it."""
+        return self.verification is None or self.verification.passed
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON of `lowbit export --json`."""
+        checked = None if self.verification is None else asdict(self.verification)
+        return {"path": str(self.path), "format": self.format, "size_bytes": self.size_bytes, "verification": checked}
+
+    def lines(self) -> list[str]:
+        """What the screen says."""
+        written = f"{self.path}: {self.format}, {self.size_bytes / 1e6:,.1f} MB"
+        return [written] if self.verification is None else [written, self.verification.message]
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    *,
+    format: str = "compressed-tensors",
+    verify: str | None = None,
+    notice: Notice = lambda _text: None,
+) -> Exported:
+    """Write a finished lowbit directory in another format, from its stored codes; nothing is rounded or fitted again.
+
+    `verify` names a client (transformers) that reloads the result; its numbers are compared with lowbit's.
+    """
+    from .evaluate.size import size_on_disk
+    from .formats.base import find
+    from .graph import build_skeleton
+    from .runtime.load import is_native, plain_config
+    from .runtime.verify import verify as run_client
+
+    path, target = Path(source), Path(output)
+    form = find(format)
+    if not is_native(path):
+        raise ValueError(f"{path} is no directory that `lowbit quantize` made: quantize a model first")
+    for text in form.export_directory(path, target, build_skeleton(plain_config(path)), checkpoint_names(path)):
+        notice(text)
+    checked = None if verify is None else run_client(verify, target, path)
+    return Exported(target, format, size_on_disk(target), checked)
+
+
+def checkpoint_names(path: Path) -> Callable[[str], Sequence[tuple[str, slice]]]:
+    """The names that a run directory's parameters had in the checkpoint it was made from, with their rows."""
+    import json
+
+    from .stream.run import NAMES
+
+    recorded = json.loads((path / NAMES).read_text(encoding="utf8"))
+
+    def names(name: str) -> Sequence[tuple[str, slice]]:
+        found, start = [], 0
+        for original, rows, transposed in recorded.get(name, ()):
+            if transposed:
+                raise ValueError(f"the checkpoint keeps {name} transposed, which only native can write back: use native")
+            found.append((original, slice(start, start + rows)))
+            start += rows
+        return found or ((name, slice(None)),)
+
+    return names
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> str:
+    """Continue `prompt` with any model that lowbit loads; temperature 0 takes the likeliest token each time."""
+    import torch
+
+    from .data.text import tokenize_documents
+    from .runtime.load import load, load_tokenizer
+
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    place = _device(device)
+    loaded = load(model, device=place, trust_remote_code=trust_remote_code)
+    ids = tokenize_documents([prompt], tokenizer)[None].to(place)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
 def _count_bits(report: EvaluationReport, model: str | Path, trust_remote_code: bool) -> None:
     from .evaluate.size import size_on_disk
     from .formats.native import sizes
@@ -302,10 +401,14 @@ def _dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch
     return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
 
 
-def _target(name: str | None) -> Any:
-    from . import formats
+def _target(name: str | None) -> Refuse | None:
+    """What the export format asked for objects to, as the plan asks it."""
+    from .formats.base import find
 
-    return None if name is None else formats.refusal(name)
+    if name is None:
+        return None
+    form = find(name)
+    return lambda weights, inputs, site: form.refuse(weights, inputs, transposed=site.transposed)
 
 
 def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], dict[str, Any]]:
@@ -340,15 +443,10 @@ def _hidden_budget(memory: int | None, plan: Plan) -> int:
 
 def _write_config(source: Path, output: Path) -> None:
     """config.json with lowbit's mark, and the tokenizer's and generation files as they are."""
-    import json
-
+    from .formats.base import copy_companions, read_config
     from .formats.files import write_json
     from .formats.native import VERSION
 
-    config = json.loads((source / "config.json").read_text(encoding="utf8"))
-    config["quantization_config"] = {"quant_method": "lowbit", "version": VERSION}
-    write_json(output / "config.json", config)
-    for pattern in COPIED:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, output / file.name)
+    mark = {"quant_method": "lowbit", "version": VERSION}
+    copy_companions(source, output)
+    write_json(output / "config.json", {**read_config(source), "quantization_config": mark})

@@ -49,9 +49,7 @@ class Prover:
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
-        double = next(self.model.parameters()).dtype == torch.float64
-        with DoublePrecision() if double else nullcontext():
-            return cast(Tensor, self.model(input_ids=self.tokens, use_cache=False).logits)
+        return cast(Tensor, self.model(input_ids=self.tokens, use_cache=False).logits)
 
     def change(self, places: Iterable[Place], fold: Fold) -> float:
         """Largest change of the logits, relative to the largest logit, with a random map folded into every place."""
@@ -87,10 +85,12 @@ def prove(model: nn.Module, anatomy: Anatomy, tokens: Tensor, *, seed: int = 0) 
     Kinds are those of `Edge.kind`, with " shift" appended for shifts. Weights are folded in their own dtype and put
     back exactly; unfuse a mixture's experts first.
     """
-    prover = Prover(model, tokens, seed)
     blocks = cast(nn.ModuleList, model.get_submodule(anatomy.layers))
     places = [(block, edge) for block, part in zip(blocks, anatomy.blocks, strict=True) for edge in part.edges]
-    return {name: prover.change(those, fold) for name, those, fold in by_kind(places)}
+    double = next(model.parameters()).dtype == torch.float64
+    with DoublePrecision() if double else nullcontext():
+        prover = Prover(model, tokens, seed)
+        return {name: prover.change(those, fold) for name, those, fold in by_kind(places)}
 
 
 def by_kind(places: list[Place]) -> Iterator[tuple[str, list[Place], Fold]]:

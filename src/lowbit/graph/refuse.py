@@ -21,6 +21,9 @@ ONE_BY_ONE = "so its blocks cannot be quantized one by one"
 
 def refuse_family(config: PreTrainedConfig) -> None:
     """Raises ValueError for what a configuration alone gives away."""
+    for attribute in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        if not isinstance(getattr(config, attribute, None), int):
+            raise ValueError(f"{config.model_type} is no plain decoder: its configuration states no {attribute}.")
     for attribute, sharing in SHARED_STATE.items():
         if getattr(config, attribute, None):
             raise ValueError(f"{config.model_type} {sharing} ({attribute}), {ONE_BY_ONE}.")

@@ -29,6 +29,10 @@ class AWQ:
     grid: int = 20
     duo: bool = False
 
+    def __post_init__(self) -> None:
+        if self.grid < 1:
+            raise ValueError(f"grid must be at least 1, not {self.grid}")
+
     name: ClassVar[str] = "awq"
     needs: ClassVar[frozenset[Need]] = frozenset({"absmean", "gram"})
     replays: ClassVar[bool] = True
@@ -76,6 +80,10 @@ class AWQClip:
 
     grid: int = 20
     maxshrink: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.grid < 1 or not 0 < self.maxshrink <= 1 or int(self.maxshrink * self.grid) < 1:
+            raise ValueError("grid must be at least 1, and maxshrink in (0, 1] leave one step of it")
 
     name: ClassVar[str] = "awqclip"
     needs: ClassVar[frozenset[Need]] = frozenset({"gram"})

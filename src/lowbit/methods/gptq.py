@@ -39,6 +39,10 @@ class GPTQ:
     true_sequential: bool = False
     block: int = 128
 
+    def __post_init__(self) -> None:
+        if self.damp <= 0 or self.block < 1:
+            raise ValueError("damp must be positive and block at least 1")
+
     name: ClassVar[str] = "gptq"
     needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
 

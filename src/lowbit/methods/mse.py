@@ -20,6 +20,10 @@ class MSEClip:
     maxshrink: float = 0.8
     norm: float = 2.4
 
+    def __post_init__(self) -> None:
+        if self.norm <= 0 or self.grid < 1 or not 0 < self.maxshrink <= 1 or int(self.maxshrink * self.grid) < 1:
+            raise ValueError("norm must be positive, grid at least 1, and maxshrink in (0, 1] leave one step of it")
+
     name: ClassVar[str] = "mse"
     needs: ClassVar[frozenset[Need]] = frozenset()
 

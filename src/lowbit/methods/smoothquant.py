@@ -24,6 +24,10 @@ class SmoothQuant:
     alpha: float = 0.5
     all_edges: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+
     name: ClassVar[str] = "smoothquant"
     needs: ClassVar[frozenset[Need]] = frozenset({"minmax"})
     replays: ClassVar[bool] = False

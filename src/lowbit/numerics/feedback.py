@@ -39,8 +39,10 @@ def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
 
     H's factor taken from the last column backwards is upper triangular, H = R Rᵀ, and then U = R⁻¹: one Cholesky
     factorization and one triangular inverse instead of the textbook's three steps. Whenever the factorization fails it
-    is tried in fp64, then with ten times the damping. Raises ValueError if H is beyond repair.
+    is tried in fp64, then with ten times the damping. Raises ValueError if H is not finite or beyond repair.
     """
+    if not bool(h.isfinite().all()):
+        raise ValueError("the inputs' Gram matrix is not finite: look for NaN, Inf or overflow in the activations")
     for attempt in range(attempts):
         work = damped(h, max(damp, 1e-4 if attempt else 0.0) * 10**attempt)
         for dtype in (torch.float32, torch.float64):
@@ -51,9 +53,7 @@ def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
             inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
             if bool(inverse.isfinite().all()):
                 return inverse.flip(0, 1).float()
-    raise ValueError(
-        "the inputs' Gram matrix cannot be factorized even with heavy damping: are the activations finite?"
-    )
+    raise ValueError("the inputs' Gram matrix cannot be factorized even with heavy damping: raise the damping")
 
 
 def sweep(

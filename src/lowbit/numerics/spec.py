@@ -116,6 +116,9 @@ class Spec:
         if any(size == 0 or size < -1 for size in self.block):
             raise ValueError(f"a unit is at least 1 x 1, or -1 for a whole axis, not {self.block[0]} x {self.block[1]}")
 
+        if self.square and isinstance(self.number, Int) and not self.number.symmetric:
+            raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
+
     @property
     def bits(self) -> int:
         return self.number.bits
@@ -162,6 +165,4 @@ def per_head(number: Number, width: int, *, scale: ScaleDtype = "half", dynamic:
 
 def per_block(number: Number, size: int, *, scale: ScaleDtype = "float32") -> Spec:
     """One scale per `size` x `size` square, symmetric (FP8 128 x 128)."""
-    if isinstance(number, Int) and not number.symmetric:
-        raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
     return Spec(number, (size, size), scale)

@@ -38,10 +38,7 @@ def weights_from_dict(data: object, path: str, quantized_inputs: bool) -> Spec |
     fields = section(data, path, ("format", "rule", "group", "block", "scale"))
     number = _number(fields, path)
     scale = _scale(fields, path, default_scale(number, quantized_inputs))
-    spec = _spec(number, _block(fields, path), scale, False, path)
-    if spec.square and isinstance(number, Int) and not number.symmetric:
-        raise ValueError(f"{path}: square blocks are padded with zeros and must be symmetric, drop the asymmetric rule")
-    return spec
+    return _spec(number, _block(fields, path), scale, False, path)
 
 
 def activations_to_dict(spec: Spec | None) -> dict[str, Any] | None:

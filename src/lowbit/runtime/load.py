@@ -6,7 +6,6 @@ measured while quantizing.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from ..graph.skeleton import build_skeleton
 from ..modules.linear import install
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def is_native(path: Path) -> bool:
@@ -49,12 +48,10 @@ def load(
         return _load_transformers(path, dtype, device, trust_remote_code)
     if not (path / INDEX).is_file():
         raise ValueError(f"{path} is not finished: run the same `lowbit quantize` command again to complete it")
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    plain = copy.deepcopy(config)
-    del plain.quantization_config
-    model = build_skeleton(plain, trust_remote_code=trust_remote_code)
+    config = plain_config(path, trust_remote_code=trust_remote_code)
+    model = build_skeleton(config, trust_remote_code=trust_remote_code)
     chosen = dtype or config.dtype or torch.float32
     for file in sorted({path for path, _ in scan(path)[1].values()}):
         layers, rest = native.unpack(shard_header(file).metadata, read_shard(file))
@@ -67,6 +64,15 @@ def load(
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()
+
+
+def plain_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a lowbit directory without the mark that it is one: what its skeleton is built from."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    del config.quantization_config
+    return config
 
 
 def _load_transformers(path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool) -> PreTrainedModel:
