@@ -22,9 +22,19 @@ PROMPT = "The old man looked at the sea and"
 def main() -> None:
     """Print the table, then what the exported model says."""
     console = Console()
-    table = Table("recipe", "perplexity", "KL", "bits/weight", "MB", "seconds", title="lowbit demo: 5.9 M parameters, packaged text")
+    table = Table(
+        "recipe",
+        "perplexity",
+        "KL",
+        "bits/weight",
+        "MB",
+        "seconds",
+        title="lowbit demo: 5.9 M parameters, packaged text",
+    )
     original = lowbit.evaluate("demo", **WINDOWS)
-    table.add_row("original", f"{original.perplexity['demo'].perplexity:.2f}", "", "16", f"{original.size_bytes / 1e6:.1f}", "")
+    table.add_row(
+        "original", f"{original.perplexity['demo'].perplexity:.2f}", "", "16", f"{original.size_bytes / 1e6:.1f}", ""
+    )
     with tempfile.TemporaryDirectory() as scratch:
         for bits in (4, 3):
             table.add_section()

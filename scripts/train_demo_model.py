@@ -8,9 +8,9 @@ lie on the GPU), no resume.
 
     python scripts/train_demo_model.py --corpus train.txt.xz --books held-out-books.txt --minutes 8
 
-Four steps run in this order unless named one by one: `tokenizer` and `texts` (CPU, a minute or two), `train` (a CUDA
-device), `card` (either). Each reads what the earlier ones left in the output directory, so that `train` alone can run
-on another machine. A text file is documents separated by a line holding only `<|endoftext|>`.
+Four steps run in this order unless named one by one: `tokenizer` and `texts` (CPU, a minute or two), `train` (made for
+a CUDA device), `card` (either). Each reads what the earlier ones left in the output directory, so that `train` alone
+can run on another machine.
 
 Tokenizer and texts come out the same on every run. Training is seeded, but neither GPU arithmetic nor a length measured
 in minutes repeats to the bit; `--tokens` fixes the length where the minutes allow it.
@@ -32,9 +32,20 @@ import numpy
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-SEPARATOR = "<|endoftext|>"
+from lowbit.data.evaluation import load_windows
+from lowbit.data.text import SEPARATOR, split_documents
+from lowbit.evaluate.text import perplexity
+
 BOS = 0
 VOCABULARY = 4096
 CONTEXT = 1024
@@ -77,10 +88,9 @@ TEXTS = {
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, plain or .xz, in order, without the empty ones."""
+    """The documents of a text file, plain or .xz, in order."""
     raw = path.read_bytes()
-    text = (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
-    return [document for part in text.split(f"\n{SEPARATOR}\n") if (document := part.strip("\n"))]
+    return split_documents(lzma.decompress(raw) if path.suffix == ".xz" else raw, str(path))
 
 
 def make_tokenizer(corpus: list[str], directory: Path) -> None:
@@ -282,21 +292,6 @@ def train(corpus: list[str], directory: Path, rows: int, budget: int, minutes: f
     (directory / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-@torch.no_grad()
-def perplexity(directory: Path, path: Path) -> tuple[float, int]:
-    """Perplexity in fp32 over windows of WINDOW tokens that do not overlap, and their number."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
-    data = encode(read_documents(path), Tokenizer.from_file(str(directory / "tokenizer.json")))
-    count = len(data) // WINDOW
-    windows = torch.from_numpy(data[: count * WINDOW].astype(numpy.int64)).view(count, WINDOW)
-    total = 0.0
-    for window in windows.to(device).split(8):
-        logits = model(input_ids=window).logits[:, :-1].double()
-        total += F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / (count * (WINDOW - 1))), count
-
-
 CARD = """\
 ---
 license: apache-2.0
@@ -344,23 +339,25 @@ The weights and the tokenizer are released under Apache-2.0, as lowbit is.
 def write_card(output: Path) -> None:
     directory = output / "demo"
     facts = json.loads((directory / "training.json").read_text())
-    value, windows = perplexity(directory, output / "text" / "evaluation.txt")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    windows = load_windows(str(output / "text" / "evaluation.txt"), AutoTokenizer.from_pretrained(directory), WINDOW)
+    score = perplexity(model, windows)
     texts = "\n".join(
         f"- `text/{name}.txt`: excerpts of " + "; ".join(f"_{e.title}_ ({e.author})" for e in excerpts)
         for name, excerpts in TEXTS.items()
     )
     card = CARD.format(
         **facts,
-        config=LlamaConfig.from_pretrained(directory),
+        config=model.config,
         window=WINDOW,
         epochs=facts["tokens"] / facts["corpus_tokens"],
         training_perplexity=math.exp(facts["loss"]),
-        perplexity=value,
-        windows=windows,
+        perplexity=score.perplexity,
+        windows=score.windows,
         texts=texts,
     )
     (directory / "README.md").write_text(card, encoding="utf-8")
-    print(f"perplexity {value:.4f} over {windows} windows", flush=True)
+    print(f"perplexity {score.perplexity:.4f} over {score.windows} windows", flush=True)
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def test_non_contiguous_codes_and_bytes(bits: int) -> None:
     codes = random_codes((24, 10), bits, True).T
     assert not codes.is_contiguous()
     packed = pack(codes, bits)
-    assert torch.equal(packed, pack(codes.contiguous(), bits))
+    assert packed.is_contiguous() and torch.equal(packed, pack(codes.contiguous(), bits))
     strided = torch.stack([packed, packed], -1)[..., 0]
     assert not strided.is_contiguous()
     assert torch.equal(unpack(strided, bits, 24, signed=True), codes)

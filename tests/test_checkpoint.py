@@ -4,103 +4,31 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from tiny_models import BASES, FAMILIES, Models, bound, make, rewrite, truth
+from torch import Tensor
 
-from lowbit.graph.skeleton import build_skeleton
 from lowbit.modules.linear import install
-from lowbit.stream import source as source_files
-from lowbit.stream.checkpoint import Checkpoint, Prefetch, check_finite, free
-from lowbit.stream.shards import shard_header
+from lowbit.stream.checkpoint import Prefetch, check_finite, free
 
-SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = SMALL | {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
-MOE = LLAMA | {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
-DEEPSEEK = {
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 1,
-}
-
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", LLAMA | {"tie_word_embeddings": False}),
-    "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True}),
-    "qwen2": ("Qwen2", LLAMA),
-    "mixtral": ("Mixtral", LLAMA | {"num_local_experts": 4}),
-    "qwen3-moe": ("Qwen3Moe", MOE | {"num_experts": 4}),
-    "deepseek-v3": ("DeepseekV3", MOE | DEEPSEEK),
-    "gpt-oss": ("GptOss", LLAMA | {"num_local_experts": 4, "intermediate_size": 32, "sliding_window": 8}),
-    "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "opt": ("OPT", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
-    "bloom": ("Bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
-    "falcon": ("Falcon", SMALL | {"num_kv_heads": 4, "new_decoder_architecture": False}),
-    "gemma3": ("Gemma3", LLAMA | {"sliding_window": 8}),
-    "phi3": ("Phi3", LLAMA | {"pad_token_id": 0}),
-    "gpt-neox": ("GPTNeoX", SMALL | {"intermediate_size": 48}),
-}
-BASES = {"gpt2": "GPT2Model", "opt": "OPTModel", "bloom": "BloomModel", "falcon": "FalconModel", "llama": "LlamaModel"}
 EXPERT = re.compile(r"(.+)\.(\d+)\.(gate_up_proj|down_proj)\.(weight|bias)")
-
-Save = Callable[..., Path]
-
-
-def make(family: str) -> transformers.PreTrainedModel:
-    prefix, options = FAMILIES[family]
-    suffix = "TextConfig" if family == "gemma3" else "Config"
-    head = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
-    config = getattr(transformers, prefix + suffix)(**options, dtype=torch.bfloat16)
-    model = getattr(transformers, prefix + head)(config).to(torch.bfloat16)
-    for module in model.modules():
-        if hasattr(module, "e_score_correction_bias"):  # in fp32 whatever the model's dtype, as DeepSeek ships it
-            module.e_score_correction_bias = module.e_score_correction_bias.float()
-    for tensor in model.state_dict().values():
-        tensor.normal_()
-    return model
 
 
 @pytest.fixture(scope="module")
-def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
-    """Directory of a family's tiny random model, whole or sharded; made once."""
-    root, models = tmp_path_factory.mktemp("models"), {}
-
-    def saved(family: str, sharded: bool = False) -> Path:
-        path = root / f"{family}-{sharded}"
-        if not path.exists():
-            torch.manual_seed(0)
-            models.setdefault(family, make(family)).save_pretrained(path, max_shard_size="20KB" if sharded else "1GB")
-        return path
-
-    return saved
-
-
-def bound(path: Path) -> tuple[Checkpoint, nn.Module]:
-    checkpoint = Checkpoint.open(path)
-    skeleton = build_skeleton(checkpoint.config)
-    checkpoint.bind(skeleton)
-    return checkpoint, skeleton
-
-
-def truth(path: Path) -> dict[str, Tensor]:
-    return dict(transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict())
+def save(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
 
 
 def expected(name: str, loaded: dict[str, Tensor], transposed: bool) -> Tensor:
@@ -120,7 +48,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_parameter_is_what_transformers_loads(save: Save, family: str, sharded: bool) -> None:
+def test_every_parameter_is_what_transformers_loads(save: Models, family: str, sharded: bool) -> None:
     path = save(family, sharded)
     assert len(list(path.glob("*.safetensors"))) > 1 or not sharded
     checkpoint, skeleton = bound(path)
@@ -134,7 +62,7 @@ def test_every_parameter_is_what_transformers_loads(save: Save, family: str, sha
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gpt-oss"])
-def test_sizes_are_known_before_reading(save: Save, family: str) -> None:
+def test_sizes_are_known_before_reading(save: Models, family: str) -> None:
     checkpoint, _ = bound(save(family))
     block = checkpoint.names(next(n for n in checkpoint.names() if "layers.0." in n).partition("0.")[0] + "0.")
     tensors = checkpoint.read(block)
@@ -145,7 +73,7 @@ def test_sizes_are_known_before_reading(save: Save, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", BASES)
-def test_checkpoint_of_the_base_model(save: Save, tmp_path: Path, family: str) -> None:
+def test_checkpoint_of_the_base_model(save: Models, tmp_path: Path, family: str) -> None:
     """Without the head, names lack the prefix that the causal model puts in front; its tied head is found anyway."""
     model = make(family)
     model.config.tie_word_embeddings = True
@@ -160,18 +88,7 @@ def test_checkpoint_of_the_base_model(save: Save, tmp_path: Path, family: str) -
         assert same_bits(tensor, loaded[name]), name
 
 
-def rewrite(path: Path, target: Path, change: Callable[[dict[str, Tensor]], None], **config: Any) -> Path:
-    """A copy of a model with other tensors or another config."""
-    shutil.copytree(path, target)
-    tensors = load_file(target / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    old = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(old | config))
-    return target
-
-
-def test_left_over_tensors(save: Save, tmp_path: Path) -> None:
+def test_left_over_tensors(save: Models, tmp_path: Path) -> None:
     """Masks and frequencies of old checkpoints are nobody's business; anything else is reported."""
 
     def add(tensors: dict[str, Tensor]) -> None:
@@ -188,7 +105,7 @@ def test_left_over_tensors(save: Save, tmp_path: Path) -> None:
     assert checkpoint.unexpected == ()
 
 
-def test_ties(save: Save, tmp_path: Path) -> None:
+def test_ties(save: Models, tmp_path: Path) -> None:
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     assert bound(save("llama"))[0].tied == {}
     assert bound(save("llama-tied"))[0].tied == {head: embedding}
@@ -206,7 +123,7 @@ def test_ties(save: Save, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gpt-oss", "gpt2"])
-def test_rows(save: Save, family: str) -> None:
+def test_rows(save: Models, family: str) -> None:
     checkpoint, skeleton = bound(save(family, True))
     index = torch.tensor([5, 3, 4, 5, 0, 15])
     for name in checkpoint.names():
@@ -219,7 +136,7 @@ def test_rows(save: Save, family: str) -> None:
         checkpoint.rows(embedding, torch.tensor([0, 96]))
 
 
-def test_pieces_tell_names_to_write_back_to(save: Save) -> None:
+def test_pieces_tell_names_to_write_back_to(save: Models) -> None:
     """Splitting what the model holds by its pieces gives the checkpoint's own tensors."""
     for family in ("mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss", "gpt2", "phi3"):
         checkpoint, _ = bound(save(family))
@@ -254,7 +171,7 @@ def map_llama(monkeypatch: pytest.MonkeyPatch, mapping: list[Any]) -> None:
     )
 
 
-def test_permuted_and_transposed_pieces(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permuted_and_transposed_pieces(save: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations of the mapping that no family above uses: split, transpose, interleave, rotary permutation."""
     from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, Transpose, WeightConverter
 
@@ -291,7 +208,7 @@ def test_permuted_and_transposed_pieces(save: Save, tmp_path: Path, monkeypatch:
     assert checkpoint.pieces("model.layers.0.mlp.down_proj.weight")[0].transposed
 
 
-def test_a_conversion_that_computes_is_refused(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversion_that_computes_is_refused(save: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
     class Double(ConversionOps):
@@ -305,7 +222,7 @@ def test_a_conversion_that_computes_is_refused(save: Save, monkeypatch: pytest.M
         bound(path)
 
 
-def test_a_model_that_does_not_fit(save: Save, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit(save: Models, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     lacking = rewrite(save("llama"), tmp_path / "lacking", lambda t: (t.pop(name), None)[1])
     with pytest.raises(ValueError, match=rf"lacks {re.escape(name)}, which LlamaForCausalLM needs"):
@@ -323,59 +240,7 @@ def test_a_model_that_does_not_fit(save: Save, tmp_path: Path) -> None:
         bound(rewrite(save("llama"), tmp_path / "q", lambda t: None, quantization_config={"quant_method": "gptq"}))
 
 
-def test_a_path_that_is_no_model(save: Save, tmp_path: Path) -> None:
-    def message(path: str | Path) -> str:
-        with pytest.raises(ValueError) as caught:
-            _ = Checkpoint.open(path).config
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert "it has no config.json" in message(empty)
-    assert "is no directory" in message(tmp_path / "nowhere")
-    assert "is no directory" in message("./nowhere")
-    assert "is no directory" in message(save("llama") / "model.safetensors")
-    (empty / "config.json").write_text("{}")
-    assert "neither model.safetensors nor model.safetensors.index.json" in message(empty)
-    (empty / "pytorch_model.bin").write_bytes(b"")
-    assert "convert it" in message(empty)
-    shutil.copy(save("llama") / "model.safetensors", empty)
-    assert "config.json" in message(empty)
-    (empty / "config.json").write_text("{not json")
-    assert "config.json" in message(empty)
-    (empty / "config.json").write_text('{"model_type": "no-such-model"}')
-    assert "transformers cannot use" in message(empty)
-
-
-def test_damaged_shards(save: Save, tmp_path: Path) -> None:
-    def broken(change: Callable[[Path], object]) -> str:
-        path = tmp_path / "model"
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(save("llama", True), path)
-        change(path)
-        with pytest.raises(ValueError) as caught:
-            Checkpoint.open(path)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    shards = sorted(file.name for file in save("llama", True).glob("*.safetensors"))
-    index = "model.safetensors.index.json"
-    assert f"lacks {shards[1]}, which its index names" in broken(lambda p: (p / shards[1]).unlink())
-    whole = (save("llama", True) / shards[2]).read_bytes()
-    for cut in (0, 5, 100, len(whole) - 1):
-        message = broken(lambda p, cut=cut: (p / shards[2]).write_bytes(whole[:cut]))
-        assert shards[2] in message and "truncated" in message
-    message = broken(lambda p: (p / shards[0]).write_bytes(b"\x10\0\0\0\0\0\0\0" + b"?" * 50))
-    assert shards[0] in message and "corrupt" in message
-    assert f"{index} is corrupt" in broken(lambda p: (p / index).write_text("{"))
-    assert f"{index} is corrupt" in broken(lambda p: (p / index).write_text("[]"))
-    message = broken(lambda p: (p / index).write_text((p / index).read_text().replace("up_proj", "upper_proj", 1)))
-    assert "upper_proj" in message and "though the index says so" in message
-    assert "neither model.safetensors nor" in broken(lambda p: (p / index).unlink())
-
-
-def test_shard_that_shrinks_while_it_is_read(save: Save, tmp_path: Path) -> None:
+def test_shard_that_shrinks_while_it_is_read(save: Models, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(save("llama"), path)
     checkpoint, _ = bound(path)
@@ -384,47 +249,7 @@ def test_shard_that_shrinks_while_it_is_read(save: Save, tmp_path: Path) -> None
         checkpoint.read(checkpoint.names())
 
 
-def test_fingerprint(save: Save, tmp_path: Path) -> None:
-    original = Checkpoint.open(save("llama", True)).fingerprint()
-    assert set(original) == {"config.json", "model.safetensors.index.json"} | {
-        file.name for file in save("llama", True).glob("*.safetensors")
-    }
-    path = tmp_path / "model"
-    shutil.copytree(save("llama", True), path)
-    assert Checkpoint.open(path).fingerprint() == original
-    shard = sorted(path.glob("*.safetensors"))[1]
-    data = bytearray(shard.read_bytes())
-    data[next(iter(shard_header(shard).tensors.values())).start + 100] ^= 1
-    shard.write_bytes(data)
-    changed = Checkpoint.open(path).fingerprint()
-    assert {name for name in original if original[name] != changed[name]} == {shard.name}
-    config = path / "config.json"
-    config.write_text(config.read_text().replace("1e-06", "1e-05"))
-    assert Checkpoint.open(path).fingerprint()["config.json"] != original["config.json"]
-
-
-def test_fingerprint_of_large_files_samples_every_tensor(
-    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lowbit.stream.checkpoint._HASHED_WHOLE", 0)
-    path = tmp_path / "model"
-    shutil.copytree(save("llama"), path)
-    file = path / "model.safetensors"
-    checkpoint, whole = Checkpoint.open(path), file.read_bytes()
-    before = checkpoint.fingerprint()
-    for entry in shard_header(file).tensors.values():
-        for place in (entry.start, (entry.start + entry.stop) // 2, entry.stop - 1):
-            changed = bytearray(whole)
-            changed[place] ^= 1
-            file.write_bytes(changed)
-            assert checkpoint.fingerprint()[file.name] != before[file.name]
-    file.write_bytes(whole.replace(b"lm_head.weight", b"lm_tail.weight"))
-    assert checkpoint.fingerprint()[file.name] != before[file.name]
-    file.write_bytes(whole)
-    assert checkpoint.fingerprint() == before
-
-
-def test_prefetch(save: Save) -> None:
+def test_prefetch(save: Models) -> None:
     checkpoint, _ = bound(save("mixtral"))
     prefixes = ["model.layers.0.", "model.layers.1."]
     with Prefetch(checkpoint) as ahead:
@@ -440,7 +265,7 @@ def test_prefetch(save: Save) -> None:
             assert all(same_bits(tensors[name], direct[name]) for name in direct)
 
 
-def test_prefetch_reads_in_the_background_and_hands_on_errors(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_reads_in_the_background_and_hands_on_errors(save: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = bound(save("llama"))
     go, threads = threading.Event(), []
 
@@ -475,7 +300,7 @@ def test_check_finite(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
         check_finite("w", bad)
 
 
-def test_a_block_filled_and_freed(save: Save) -> None:
+def test_a_block_filled_and_freed(save: Models) -> None:
     """The skeleton's block computes what transformers' computes, and is as it was born afterwards."""
     path = save("llama", True)
     checkpoint, skeleton = bound(path)
@@ -517,7 +342,11 @@ print(peak() - before, checkpoint.nbytes(blocks[0]), checkpoint.size_bytes)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is counted in kilobytes on Linux")
 def test_peak_memory_is_two_blocks(tmp_path: Path) -> None:
-    """This block and the one read ahead, however large the file; the file is sparse and costs no disk."""
+    """This block and the one read ahead, however large the file; the file is sparse and costs no disk.
+
+    glibc's malloc raises its threshold for mapping as large tensors are freed, and then keeps some of what is freed;
+    the threshold is fixed here, so that what is measured is the reader.
+    """
     config = transformers.LlamaConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, vocab_size=64
     )
@@ -533,44 +362,13 @@ def test_peak_memory_is_two_blocks(tmp_path: Path) -> None:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.truncate(8 + len(raw) + end)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
     growth, block, size = map(int, done.stdout.split())
     assert size > 7 * block > 200e6
     assert growth < 2.2 * block
-
-
-def test_demo_is_the_packaged_directory(monkeypatch: pytest.MonkeyPatch, save: Save, tmp_path: Path) -> None:
-    (tmp_path / "assets").mkdir()
-    shutil.copytree(save("llama"), tmp_path / "assets" / "demo")
-    monkeypatch.setattr(source_files, "package_files", lambda package: {"lowbit": tmp_path}[package])
-    assert Checkpoint.open("demo").path == tmp_path / "assets" / "demo"
-
-
-def test_hub_download_takes_what_is_needed(monkeypatch: pytest.MonkeyPatch, save: Save) -> None:
-    """The hub itself is not asked: only what would be requested of it is checked."""
-    import huggingface_hub
-
-    asked: list[dict[str, Any]] = []
-
-    def snapshot(repo: str, **options: Any) -> str:
-        asked.append({"repo": repo, **options})
-        return str(save("llama", True))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    checkpoint = Checkpoint.open("org/model", revision="v1")
-    assert checkpoint.path == save("llama", True)
-    assert [(ask["repo"], ask["revision"]) for ask in asked] == [("org/model", "v1")] * 2
-    assert not any("safetensors" in pattern for pattern in asked[0]["allow_patterns"])
-    assert {file.name for file in checkpoint.files} <= set(asked[1]["allow_patterns"])
-    assert "*.py" not in asked[1]["allow_patterns"]
-
-
-def test_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        ValueError, match="no-such-org/no-such-model is no directory, and the Hugging Face hub"
-    ) as caught:
-        Checkpoint.open("no-such-org/no-such-model")
-    assert "\n" not in str(caught.value)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grid import Grid, fit_range, grid_from_range, search_mse, search_range, store_scale
+from lowbit.numerics.grid import _CHUNK, Grid, fit_range, grid_from_range, search_mse, search_range, store_scale
 from lowbit.numerics.spec import (
     E2M1,
     E4M3,
@@ -254,6 +254,13 @@ def test_ties_are_rounded_before_an_odd_zero_point_is_added() -> None:
     assert grid.quantize(x).tolist() == [[-2.0, 0.0, 0.0, 2.0, 2.0]]
 
 
+def test_zero_points_are_rounded_half_to_even() -> None:
+    low, high = torch.tensor([[-0.5], [-1.5], [-2.5]]), torch.tensor([[14.5], [13.5], [12.5]])
+    grid = grid_from_range(low, high, per_channel(Int(4, "asymmetric"), scale="float32"))
+    assert grid.scale.tolist() == [[1.0]] * 3 and grid.zero is not None
+    assert grid.zero.tolist() == [[0.0], [2.0], [2.0]]
+
+
 @pytest.mark.parametrize("number", [*INTEGERS, *FLOATS], ids=str)
 def test_idempotent_finite_and_within_half_a_step(number: Number) -> None:
     x = awkward(12, 16)
@@ -383,7 +390,7 @@ def test_mse_search_never_exceeds_the_plain_range(spec: Spec) -> None:
 def test_search_reads_large_weights_in_pieces_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(10, 16)
     whole = search_mse(x, per_group(Int(3, "asymmetric"), 8))
-    monkeypatch.setattr("lowbit.numerics.grid._CHUNK", 3 * 16)
+    monkeypatch.setitem(_CHUNK, "cpu", 3 * 16)
     pieces = search_mse(x, per_group(Int(3, "asymmetric"), 8))
     assert torch.equal(pieces.scale, whole.scale)
     assert pieces.zero is not None and whole.zero is not None and torch.equal(pieces.zero, whole.zero)
@@ -399,3 +406,18 @@ def test_search_reads_large_weights_in_pieces_with_their_rows(monkeypatch: pytes
     ratios = grid.scale / fit_range(x, per_channel(Int(4), scale="float32")).scale
     assert torch.allclose(ratios[:, 0], 1 - target / 10)
     assert {(rows.start, rows.stop) for rows in seen} == {(0, 3), (3, 6), (6, 9), (9, 12)}
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [*INTEGERS, *FLOATS], ids=str)
+def test_cuda_makes_the_same_grids_and_codes(number: Number) -> None:
+    x = torch.randn(64, 128)
+    for storage in STORAGES:
+        spec = per_group(number, 32, scale=storage)
+        here, there = fit_range(x, spec), fit_range(x.cuda(), spec)
+        assert torch.equal(there.scale.cpu(), here.scale)
+        assert torch.equal(there.encode(x.cuda()).cpu(), here.encode(x))
+        assert torch.equal(there.quantize(x.cuda()).cpu(), here.quantize(x))

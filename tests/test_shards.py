@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lowbit.stream import shards
-from lowbit.stream.shards import WriteError, read_shard, shard_header, write_index, write_json, write_shard
+from lowbit.formats import files as shards
+from lowbit.formats.files import WriteError, read_shard, shard_header, write_index, write_json, write_shard
 
 DTYPES = [
     torch.float64,
@@ -132,7 +132,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from lowbit.stream.shards import WriteError, write_json, write_shard
+from lowbit.formats.files import WriteError, write_json, write_shard
 
 directory = Path(sys.argv[1])
 write_shard(directory / "block-0.safetensors", {"x": torch.ones(1000)})
@@ -152,7 +152,7 @@ for write in (
 def test_disk_full_in_the_middle_of_a_shard(tmp_path: Path) -> None:
     """The operating system itself refuses to let the file grow, after having taken a part of it."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
     )
     shard, report = done.stdout.splitlines()
     assert shard == (

@@ -108,7 +108,9 @@ def prepare(request: Request) -> Prepared:
     from .stream.plan import make_plan
     from .stream.sweep import MICRO_BATCH
 
-    loaded = recipes.resolve(request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore)
+    loaded = recipes.resolve(
+        request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore
+    )
     device = _device(request.device)
     checkpoint = Checkpoint.open(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
     skeleton, anatomy = anatomy_of(checkpoint, request.trust_remote_code)
@@ -229,11 +231,17 @@ def evaluate(
     if shrunk is not None and texts:
         notice(shrunk)
     windows = {text: load_windows(text, tokenizer, length, limit) for text in texts}
-    original = None if against is None else load(against, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
+    original = (
+        None
+        if against is None
+        else load(against, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
+    )
     report = EvaluationReport()
     found: list[tuple[int, Divergence]] = []
     for text, batch in windows.items():
-        scores = evaluate_text(loaded, batch, original, progress=lambda done, total, text=text: progress(text, done, total))
+        scores = evaluate_text(
+            loaded, batch, original, progress=lambda done, total, text=text: progress(text, done, total)
+        )
         report.perplexity[text] = scores.perplexity
         if scores.divergence is not None:
             found.append((len(batch), scores.divergence))
@@ -288,16 +296,34 @@ def export(
     from .formats.base import find
     from .graph import build_skeleton
     from .runtime.load import is_native, plain_config
-    from .runtime.verify import verify as run_client
 
     path, target = Path(source), Path(output)
     form = find(format)
     if not is_native(path):
         raise ValueError(f"{path} is no directory that `lowbit quantize` made: quantize a model first")
+    if verify not in (None, "transformers"):
+        raise ValueError(f"lowbit cannot verify with {verify}: use --verify transformers")
     for text in form.export_directory(path, target, build_skeleton(plain_config(path)), checkpoint_names(path)):
         notice(text)
-    checked = None if verify is None else run_client(verify, target, path)
-    return Exported(target, format, size_on_disk(target), checked)
+    return Exported(target, format, size_on_disk(target), None if verify is None else _verify(path, target))
+
+
+VERIFIED_WINDOWS, VERIFIED_LENGTH = 4, 128
+"""Text on which an export is compared with lowbit's own model."""
+
+
+def _verify(source: Path, target: Path) -> Verification:
+    import torch
+
+    from .data.evaluation import load_windows
+    from .data.text import resolve_window
+    from .runtime.load import load, load_tokenizer
+    from .runtime.verify import verify_transformers
+
+    model = load(source, dtype=torch.float32)
+    length, _ = resolve_window(None, VERIFIED_LENGTH, context_of(model.config))
+    windows = load_windows("demo", load_tokenizer(source), length, VERIFIED_WINDOWS)
+    return verify_transformers(target, model, windows)
 
 
 def checkpoint_names(path: Path) -> Callable[[str], Sequence[tuple[str, slice]]]:
@@ -312,7 +338,9 @@ def checkpoint_names(path: Path) -> Callable[[str], Sequence[tuple[str, slice]]]
         found, start = [], 0
         for original, rows, transposed in recorded.get(name, ()):
             if transposed:
-                raise ValueError(f"the checkpoint keeps {name} transposed, which only native can write back: use native")
+                raise ValueError(
+                    f"the checkpoint keeps {name} transposed, which only native can write back: use native"
+                )
             found.append((original, slice(start, start + rows)))
             start += rows
         return found or ((name, slice(None)),)
@@ -343,7 +371,9 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    output = loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling)
+    output = loaded.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling
+    )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

@@ -79,26 +79,57 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, function: Any, text: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=f"Example: {example}")
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text, epilog=f"Example: {example}"
+    )
     parser.set_defaults(command=function)
     return parser
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--recipe", required=required, metavar="NAME|FILE.yaml", help="for instance gptq-w4a16-g128; see `lowbit recipes`")
-    parser.add_argument("--set", dest="settings", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the recipe, for instance gptq.damp=0.05")
-    parser.add_argument("--override", dest="overrides", nargs="+", action="extend", default=[], metavar="PATTERN=SCHEME", help="other formats for some linears, for instance '*.down_proj=w8a16-g128'")
-    parser.add_argument("--ignore", nargs="+", action="extend", default=[], metavar="PATTERN", help="linears that stay in 16 bits")
+    parser.add_argument(
+        "--recipe",
+        required=required,
+        metavar="NAME|FILE.yaml",
+        help="for instance gptq-w4a16-g128; see `lowbit recipes`",
+    )
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings of the recipe, for instance gptq.damp=0.05",
+    )
+    parser.add_argument(
+        "--override",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN=SCHEME",
+        help="other formats for some linears, for instance '*.down_proj=w8a16-g128'",
+    )
+    parser.add_argument(
+        "--ignore", nargs="+", action="extend", default=[], metavar="PATTERN", help="linears that stay in 16 bits"
+    )
     parser.add_argument("--target", metavar="FORMAT", help="refuse at once what this export format cannot carry")
     text = parser.add_argument_group("calibration text (for recipes that look at activations)")
-    text.add_argument("--calibration", metavar="NAME|FILE.txt", help="a text file, a published set (wikitext2, c4, ptb, pile …), or demo (packaged; the default)")
+    text.add_argument(
+        "--calibration",
+        metavar="NAME|FILE.txt",
+        help="a text file, a published set (wikitext2, c4, ptb, pile …), or demo (packaged; the default)",
+    )
     text.add_argument("--samples", type=int, help="windows of text (default 128)")
     text.add_argument("--length", type=int, help="tokens in a window (default 2048, or the model's context)")
     text.add_argument("--seed", type=int, help="of the draw (default 0)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu or cuda")
     machine.add_argument("--dtype", default="auto", help="what blocks compute in: auto, float32, bfloat16, float16")
-    machine.add_argument("--memory", type=_size, metavar="8GiB", help="memory budget; hidden states beyond it go to disk")
+    machine.add_argument(
+        "--memory", type=_size, metavar="8GiB", help="memory budget; hidden states beyond it go to disk"
+    )
     _add_model_options(parser)
 
 
@@ -112,7 +143,13 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_quantize(commands: Any) -> None:
-    parser = _add(commands, "quantize", _quantize, "quantize a model block by block into a directory; run again to resume", "lowbit quantize demo --recipe awq+gptq-w4a16-g128 --output out")
+    parser = _add(
+        commands,
+        "quantize",
+        _quantize,
+        "quantize a model block by block into a directory; run again to resume",
+        "lowbit quantize demo --recipe awq+gptq-w4a16-g128 --output out",
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_recipe_options(parser, required=True)
     parser.add_argument("--output", metavar="DIR", help="where the quantized model goes")
@@ -122,35 +159,76 @@ def _add_quantize(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _add(commands, "evaluate", _evaluate, "measure a model: perplexity, tasks, divergence from the original, size", "lowbit evaluate out --perplexity demo --against demo")
+    parser = _add(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a model: perplexity, tasks, divergence from the original, size",
+        "lowbit evaluate out --perplexity demo --against demo",
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--perplexity", nargs="+", action="extend", default=[], metavar="NAME|FILE.txt", help="texts: a file, wikitext2, c4, c4-old, ptb, ptb-old, or demo (the default)")
+    parser.add_argument(
+        "--perplexity",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME|FILE.txt",
+        help="texts: a file, wikitext2, c4, c4-old, ptb, ptb-old, or demo (the default)",
+    )
     parser.add_argument("--window", type=int, help="tokens in a window (default 2048, or the model's context)")
     parser.add_argument("--limit", type=int, metavar="WINDOWS", help="windows of each text")
     parser.add_argument("--tasks", default="", help="comma-separated tasks of lm-evaluation-harness")
-    parser.add_argument("--against", metavar="MODEL", help="the original: mean KL divergence, top-1 agreement and cosine")
+    parser.add_argument(
+        "--against", metavar="MODEL", help="the original: mean KL divergence, top-1 agreement and cosine"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     _add_model_options(parser)
     _add_json(parser)
 
 
 def _add_export(commands: Any) -> None:
-    parser = _add(commands, "export", _export, "write a quantized model in a format that other software loads", "lowbit export out --format compressed-tensors --output served --verify")
+    parser = _add(
+        commands,
+        "export",
+        _export,
+        "write a quantized model in a format that other software loads",
+        "lowbit export out --format compressed-tensors --output served --verify",
+    )
     parser.add_argument("model", metavar="DIR", help="a directory that `lowbit quantize` made")
-    parser.add_argument("--format", required=True, metavar="NAME", help="compressed-tensors (vLLM, SGLang, transformers)")
+    parser.add_argument(
+        "--format", required=True, metavar="NAME", help="compressed-tensors (vLLM, SGLang, transformers)"
+    )
     parser.add_argument("--output", required=True, metavar="DIR2", help="where the exported model goes")
-    parser.add_argument("--verify", nargs="?", const="transformers", metavar="CLIENT", help="reload it in a client and compare with lowbit's own numbers (default client: transformers)")
+    parser.add_argument(
+        "--verify",
+        nargs="?",
+        const="transformers",
+        metavar="CLIENT",
+        help="reload it in a client and compare with lowbit's own numbers (default client: transformers)",
+    )
     _add_json(parser)
 
 
 def _add_inspect(commands: Any) -> None:
-    parser = _add(commands, "inspect", _inspect, "print a model's anatomy and what a recipe would do to it; no weight is read", "lowbit inspect demo --recipe smoothquant-w8a8")
+    parser = _add(
+        commands,
+        "inspect",
+        _inspect,
+        "print a model's anatomy and what a recipe would do to it; no weight is read",
+        "lowbit inspect demo --recipe smoothquant-w8a8",
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_recipe_options(parser, required=False)
 
 
 def _add_generate(commands: Any) -> None:
-    parser = _add(commands, "generate", _generate, "continue a prompt with any model that lowbit loads", 'lowbit generate out "Once upon a time"')
+    parser = _add(
+        commands,
+        "generate",
+        _generate,
+        "continue a prompt with any model that lowbit loads",
+        'lowbit generate out "Once upon a time"',
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens at most (default 64)")
@@ -161,7 +239,13 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_recipes(commands: Any) -> None:
-    parser = _add(commands, "recipes", _recipes, "list recipes, or show one as YAML to start a file from", "lowbit recipes gptq-w4a16-g128 > mine.yaml")
+    parser = _add(
+        commands,
+        "recipes",
+        _recipes,
+        "list recipes, or show one as YAML to start a file from",
+        "lowbit recipes gptq-w4a16-g128 > mine.yaml",
+    )
     parser.add_argument("name", nargs="?", metavar="NAME", help="any recipe name, listed or not")
 
 
@@ -190,7 +274,21 @@ def _notice(text: str) -> None:
 def _request(arguments: argparse.Namespace, **more: Any) -> Any:
     from .api import Request
 
-    names = ("settings", "overrides", "ignore", "calibration", "samples", "length", "seed", "target", "device", "dtype", "memory", "revision", "trust_remote_code")
+    names = (
+        "settings",
+        "overrides",
+        "ignore",
+        "calibration",
+        "samples",
+        "length",
+        "seed",
+        "target",
+        "device",
+        "dtype",
+        "memory",
+        "revision",
+        "trust_remote_code",
+    )
     chosen = {name: getattr(arguments, name) for name in names}
     return Request(arguments.model, arguments.recipe, notice=_notice, **chosen, **more)
 
@@ -233,7 +331,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from . import api
 
-    exported = api.export(arguments.model, arguments.output, format=arguments.format, verify=arguments.verify, notice=_notice)
+    exported = api.export(
+        arguments.model, arguments.output, format=arguments.format, verify=arguments.verify, notice=_notice
+    )
     _write_json(arguments.json, exported.to_json())
     print("\n".join(exported.lines()))
     return 0 if exported.passed else 1
@@ -250,7 +350,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
         print(describe(prepared.plan.anatomy))
         print("\n".join(["", *plan_lines(prepared)]))
         return
-    checkpoint = Checkpoint.open(arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code)
+    checkpoint = Checkpoint.open(
+        arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
+    )
     print(describe(api.anatomy_of(checkpoint, arguments.trust_remote_code)[1]))
 
 

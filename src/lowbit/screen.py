@@ -31,7 +31,9 @@ class _Bar:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
 
@@ -53,7 +55,9 @@ class BlockProgress(_Bar):
         error = f"error {report['error_before']:.2e} -> {report['error_after']:.2e}"
         self._bar.update(self._task, completed=index + 1, description=f"{report['name']}  {error}")
         if not self._console.is_terminal:
-            self._console.print(f"{report['name']}  {error}  {report['seconds']:.1f} s", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{report['name']}  {error}  {report['seconds']:.1f} s", highlight=False, soft_wrap=True
+            )
         starved = report.get("experts", {}).get("rounded_to_nearest", [])
         if starved:
             self._console.print(
@@ -83,12 +87,18 @@ def plan_lines(prepared: Prepared) -> list[str]:
     from .stream.plan import plan_summary
 
     plan = prepared.plan
-    lines = [f"recipe {plan.recipe.name}: {len(plan.formats)} blocks, computing in {prepared.record['dtype']} on {prepared.device}"]
+    lines = [
+        f"recipe {plan.recipe.name}: {len(plan.formats)} blocks, computing in {prepared.record['dtype']} on {prepared.device}"
+    ]
     for label, names in plan_summary(plan).items():
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         lines.append(f"  {label}: {shown}")
-    lines.append(f"bits per weight {plan.bits_per_weight:.3f} over {plan.quantized_weights / 1e6:,.1f} M quantized weights")
-    lines.append(f"memory about {plan.peak_bytes / 1e9:.1f} GB; {plan.flops / 1e12:,.2f} TFLOP, {_time(plan.flops, prepared)}")
+    lines.append(
+        f"bits per weight {plan.bits_per_weight:.3f} over {plan.quantized_weights / 1e6:,.1f} M quantized weights"
+    )
+    lines.append(
+        f"memory about {plan.peak_bytes / 1e9:.1f} GB; {plan.flops / 1e12:,.2f} TFLOP, {_time(plan.flops, prepared)}"
+    )
     return lines
 
 

@@ -96,7 +96,9 @@ def shards(source: Path) -> list[Path]:
     """The files of a finished run directory, in order. Raises ValueError where it is none."""
     if not (source / INDEX).is_file() or not (source / "config.json").is_file():
         raise ValueError(f"{source} is not a finished lowbit directory: give one that `lowbit quantize` has completed")
-    return [source / name for name in sorted(set(json.loads((source / INDEX).read_text("utf8"))["weight_map"].values()))]
+    return [
+        source / name for name in sorted(set(json.loads((source / INDEX).read_text("utf8"))["weight_map"].values()))
+    ]
 
 
 def read(shard: Path, names: Names) -> tuple[dict[str, tuple[str, QLayer]], dict[str, Tensor]]:

@@ -77,12 +77,14 @@ def _refuse_weights(spec: Spec, activation: Spec | None) -> str | None:
 def _refuse_activation(weights: Spec, spec: Spec | None) -> str | None:
     if spec is None:
         return None
-    if spec.bits != 8 or isinstance(spec.number, Float) and spec.number != E4M3:
+    if spec.bits != 8 or (isinstance(spec.number, Float) and spec.number != E4M3):
         return f"compressed-tensors clients read int8 and E4M3 activations, not {spec.number}: use a8, afp8 or 16 bits"
     if isinstance(spec.number, Int) != isinstance(weights.number, Int):
         return f"no compressed-tensors client multiplies {weights.number} weights by {spec.number} activations: use one kind"
     if spec.block != ((1, -1) if spec.dynamic else (-1, -1)):
-        return f"compressed-tensors activations are dynamic per token or static per tensor, not {spec}: use one of these"
+        return (
+            f"compressed-tensors activations are dynamic per token or static per tensor, not {spec}: use one of these"
+        )
     if isinstance(spec.number, Int) and not spec.number.signed:
         return "compressed-tensors clients add an activation's zero-point before they round, lowbit after: use a symmetric rule"
     if spec.dynamic and isinstance(spec.number, Int) and spec.number.rule != "symmetric":
@@ -100,17 +102,23 @@ def notices(weights: Spec, activation: Spec | None) -> tuple[str, ...]:
     if isinstance(number, Int) and activation is None and weights.bits == 1:
         found.append("vLLM 0.32 reads packed weights of 2 to 8 bits, not 1")
     elif isinstance(number, Int) and activation is None and weights.bits not in (4, 8):
-        found.append(f"vLLM 0.32 has kernels for {weights.bits}-bit weights on some GPUs only; 4 and 8 bits run everywhere")
+        found.append(
+            f"vLLM 0.32 has kernels for {weights.bits}-bit weights on some GPUs only; 4 and 8 bits run everywhere"
+        )
     if isinstance(number, Int) and activation is not None and (weights.bits < 8 and not activation.dynamic):
-        found.append(f"vLLM 0.32 has no kernel for {weights.bits}-bit weights with static activations; transformers reads them")
+        found.append(
+            f"vLLM 0.32 has no kernel for {weights.bits}-bit weights with static activations; transformers reads them"
+        )
     if isinstance(number, Int) and activation is not None and not number.symmetric:
         found.append("vLLM 0.32 has no kernel for asymmetric weights with 8-bit activations; transformers reads them")
-    if weights.group != -1 and (isinstance(number, Float) or activation is not None and weights.bits == 8):
+    if weights.group != -1 and (isinstance(number, Float) or (activation is not None and weights.bits == 8)):
         found.append("vLLM 0.32 has no kernel for grouped 8-bit weights of this kind; transformers reads them")
     if isinstance(number, Int) and activation is not None and activation.dynamic:
         found.append("vLLM's int8 kernel divides a token's range by 127, lowbit and compressed-tensors by 127.5")
     if isinstance(number, Int) and activation is None and weights.scale != "half":
-        found.append(f"clients round the {weights.scale} scales of packed weights to the model's dtype: half scales are safe")
+        found.append(
+            f"clients round the {weights.scale} scales of packed weights to the model's dtype: half scales are safe"
+        )
     return tuple(found)
 
 
@@ -135,7 +143,9 @@ def scheme_of(layer: QLayer) -> Scheme:
     return {
         "format": _format_name(spec, activation),
         "weights": _arguments(spec, strategy, group),
-        "input_activations": None if activation is None else _arguments(activation, "token" if activation.dynamic else "tensor"),
+        "input_activations": None
+        if activation is None
+        else _arguments(activation, "token" if activation.dynamic else "tensor"),
         "output_activations": None,
     }
 
@@ -172,7 +182,9 @@ def _spec(arguments: Mapping[str, Any], scale: ScaleDtype) -> Spec:
         return per_channel(number, scale=scale)
     if strategy == "group":
         return per_group(number, arguments["group_size"], scale=scale)
-    raise ValueError(f"lowbit cannot read compressed-tensors weights of strategy {strategy!r}: it reads tensor, channel and group")
+    raise ValueError(
+        f"lowbit cannot read compressed-tensors weights of strategy {strategy!r}: it reads tensor, channel and group"
+    )
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
@@ -223,7 +235,9 @@ def pack(name: str, layer: QLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     if isinstance(number, Float):
         tensors["weight"] = part.codes.view(torch.float8_e4m3fn)
     elif packed:
-        tensors["weight_packed"] = _to_words(_shift(part.codes, number.bits) if number.signed else part.codes, number.bits)
+        tensors["weight_packed"] = _to_words(
+            _shift(part.codes, number.bits) if number.signed else part.codes, number.bits
+        )
         tensors["weight_shape"] = torch.tensor(part.shape)
     else:
         tensors["weight"] = part.codes if number.signed else _shift(part.codes, number.bits)

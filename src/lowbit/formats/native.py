@@ -94,17 +94,25 @@ def unpack(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[di
     """(quantized linears by name, every other tensor of the file). Raises ValueError on a file of another version."""
     meta = json.loads(header.get("lowbit", '{"version": %d, "formats": [], "sites": {}}' % VERSION))
     if meta["version"] != VERSION:
-        raise ValueError(f"the file has layout version {meta['version']}, this lowbit reads version {VERSION}: requantize the model")
+        raise ValueError(
+            f"the file has layout version {meta['version']}, this lowbit reads version {VERSION}: requantize the model"
+        )
     formats = [spec_from_json(data) for data in meta["formats"]]
     rest = dict(tensors)
     layers = {}
     for name, site in meta["sites"].items():
         shape = torch.Size(site["shape"])
         specs = [formats[i] for i in site["parts"]]
-        parts = tuple(_unpack_part(_prefix(name, i), spec, shape, rest) for i, spec in enumerate(specs) if spec is not None)
+        parts = tuple(
+            _unpack_part(_prefix(name, i), spec, shape, rest) for i, spec in enumerate(specs) if spec is not None
+        )
         activation = None if site["activation"] is None else formats[site["activation"]]
         scale = rest.pop(f"{name}.input_scale", None)
-        grid = None if scale is None or activation is None else Grid(activation, scale, rest.pop(f"{name}.input_zero", None))
+        grid = (
+            None
+            if scale is None or activation is None
+            else Grid(activation, scale, rest.pop(f"{name}.input_zero", None))
+        )
         layers[name] = QLayer(QWeight(parts), activation, grid)
     return layers, rest
 

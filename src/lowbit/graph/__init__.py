@@ -1,6 +1,7 @@
 """The parts of any decoder: a skeleton without weights, an anatomy found and proved, and folding along its edges."""
 
 from .anatomy import Anatomy, BlockAnatomy, Edge, Heads, Norm, Rows, Site, Tap
+from .describe import describe
 from .discover import discover
 from .fold import apply_scale, apply_shift, reader_channels
 from .prove import prove
@@ -18,6 +19,7 @@ __all__ = [
     "apply_scale",
     "apply_shift",
     "build_skeleton",
+    "describe",
     "discover",
     "prove",
     "reader_channels",

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
-import torch
 from torch import nn
 
 from .anatomy import Anatomy, BlockAnatomy, Edge, Heads, Norm
@@ -48,8 +47,7 @@ def discover(
     blocks = cast(nn.ModuleList, skeleton.get_submodule(layers))
     refuse_shared_weights(blocks, config.model_type)
     kinds = block_kinds(blocks, config)
-    with torch.random.fork_rng(devices=[]):
-        probe = matching_probe(config, kinds, layers, trust_remote_code)
+    probe = matching_probe(config, kinds, layers, trust_remote_code)
     with DoublePrecision():
         discovery = _Discovery(probe, layers, kinds)
         discovery.prove()

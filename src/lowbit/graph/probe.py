@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .skeleton import build_skeleton, model_from_config, unfuse_experts
+from .skeleton import BUILD_ERRORS, build_skeleton
 from .structure import Signature, block_kinds, covering_prefix
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 VOCABULARY = 96
 WIDTH = 16
-"""Of a head; partial rotary factors down to an eighth leave an even number of channels."""
+"""Of a head, halved where there are many; partial rotary factors down to a quarter leave an even number of channels."""
+NARROW_WIDTH = 40
+"""Of the model, where it need not be the product of heads and head width."""
 
 FIXED = {
     "vocab_size": VOCABULARY,
@@ -32,7 +35,9 @@ FIXED = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "rotary_dim": 8,
     "intermediate_size": 56,
+    "intermediate_size_mlp": 56,
     "ffn_dim": 56,
     "n_inner": 56,
     "ffn_hidden_size": 56,
@@ -45,7 +50,7 @@ FIXED = {
     "qk_rope_head_dim": 6,
     "qk_head_dim": 16,
     "v_head_dim": 14,
-    "query_pre_attn_scalar": WIDTH,
+    "query_pre_attn_scalar": 16,
 }
 AT_MOST = {
     "num_experts": 8,
@@ -57,10 +62,6 @@ AT_MOST = {
 }
 LARGEST = 100_000_000
 """Parameters of a probe; the next larger copy than the small one may be the model itself."""
-FAILURES = (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError, ZeroDivisionError)
-"""What model code raises when it is built or run with dimensions that it does not expect."""
-
-
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
@@ -115,51 +116,52 @@ def shorten(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return short
 
 
-def shrink(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """A copy with the first `layers` blocks and small dimensions; head structure and ratios stay recognisable."""
+def shrink(config: PreTrainedConfig, layers: int, *, coupled: bool = False) -> PreTrainedConfig:
+    """A copy with the first `layers` blocks and small dimensions, but as many heads as ever.
+
+    How Q, K and V are laid out in a fused projection is counted in heads, so a layout that fits a smaller number of
+    them need not fit the real one. `coupled` keeps the model as wide as all heads together even where it could differ.
+    """
     small = shorten(config, layers)
-    query, key_value = head_counts(config)
-    heads = (4, 4) if query == key_value else (4, 1) if key_value == 1 else (2 * min(query // key_value, 8), 2)
+    query = config.num_attention_heads
+    width = WIDTH if query <= 32 else WIDTH // 2
+    free = {name for name, *_ in _integers(config, {"head_dim": 0, "v_head_dim": 0})}
+    small.hidden_size = NARROW_WIDTH if free and not coupled else query * width
     for name, _, size in _integers(config, FIXED):
         setattr(small, name, size)
     for name, value, size in _integers(config, AT_MOST):
         setattr(small, name, min(value, size))
-    for name, _, size in _integers(config, {"num_key_value_heads": heads[1], "num_kv_heads": heads[1]}):
-        setattr(small, name, size)
-    small.num_attention_heads = heads[0]
-    small.hidden_size = heads[0] * WIDTH
-    for name, value, _ in _integers(config, {"head_dim": WIDTH}):
+    for name, value, _ in _integers(config, {"head_dim": width}):
         rotary = value == getattr(config, "qk_rope_head_dim", None)
-        setattr(small, name, FIXED["qk_rope_head_dim"] if rotary else WIDTH)
-    for name, value, _ in _integers(config, {"word_embed_proj_dim": WIDTH}):
-        setattr(small, name, small.hidden_size if value == config.hidden_size else WIDTH)
+        setattr(small, name, FIXED["qk_rope_head_dim"] if rotary else width)
+    for name, value, _ in _integers(config, {"word_embed_proj_dim": 0}):
+        setattr(small, name, small.hidden_size if value == config.hidden_size else NARROW_WIDTH)
     if isinstance(rope := getattr(config, "rope_parameters", None), dict):
         small.rope_parameters = _plain_rope(rope)
     return small
 
 
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int) -> None:
-    """Random weights of unit gain; vectors (gains, biases) are disturbed around what the family starts them with."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if parameter.ndim < 2:
-            parameter.add_(0.2 * noise)
-        else:
-            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-
-
 def build_probe(config: PreTrainedConfig, *, trust_remote_code: bool, seed: int = 0) -> PreTrainedModel:
-    """A model with random float64 weights and unfused experts. Raises one of `FAILURES` if the dimensions do not fit."""
+    """A model with random float64 weights and unfused experts. Raises ValueError if it cannot be.
+
+    Matrices have unit gain, vectors (gains, biases) lie around 1.
+    """
     config = copy.deepcopy(config)
     config.dtype = torch.float64
-    count = sum(p.numel() for p in build_skeleton(config, trust_remote_code=trust_remote_code).parameters())
+    model = build_skeleton(config, trust_remote_code=trust_remote_code).double()
+    count = sum(parameter.numel() for parameter in model.parameters())
     if count > LARGEST:
         raise ValueError(f"{count:,} parameters are too many for a probe")
-    model = model_from_config(config, trust_remote_code=trust_remote_code).double()
-    randomise(model, seed)
-    unfuse_experts(model)
+    generator = torch.Generator().manual_seed(seed)
+    real: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in real:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                value = 1 + 0.2 * noise if noise.ndim < 2 else noise * noise.shape[-1] ** -0.5
+                real[id(parameter)] = nn.Parameter(value, requires_grad=False)
+            if parameter is not None:
+                module._parameters[name] = real[id(parameter)]
     return model
 
 
@@ -174,7 +176,7 @@ def matching_probe(
     Raises ValueError where there is none.
     """
     length, problem = covering_prefix(kinds), ""
-    for smaller in (shrink, shorten):
+    for smaller in (shrink, partial(shrink, coupled=True), shorten):
         try:
             candidate = smaller(config, length)
             probe = build_probe(candidate, trust_remote_code=trust_remote_code)
@@ -183,7 +185,7 @@ def matching_probe(
                 continue
             with DoublePrecision(), torch.no_grad():
                 probe(input_ids=prompts(probe), use_cache=False)
-        except FAILURES as error:
+        except (*BUILD_ERRORS, ZeroDivisionError) as error:
             problem = problem or f"a small copy of it fails ({error})"
             continue
         return probe

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, Edge, Norm
-from .fold import apply_scale, apply_shift, scale_source, shift_source
+from .fold import apply_scale, apply_shift, shift_source
 from .probe import DoublePrecision
 
 Fold = Callable[[nn.Module, Edge, Tensor], None]

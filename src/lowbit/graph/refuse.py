@@ -46,7 +46,9 @@ def refuse_stream(traces: list[Trace], family: str) -> None:
         if trace.writes_state:
             raise ValueError(f"{family} shares state across blocks ({trace.writes_state}), {ONE_BY_ONE}.")
         if trace.repeated:
-            raise ValueError(f"{family} runs {sorted(trace.repeated)[0]} more than once in a block, which is not supported.")
+            raise ValueError(
+                f"{family} runs {sorted(trace.repeated)[0]} more than once in a block, which is not supported."
+            )
 
 
 def refuse_looking_ahead(prover: Prover, family: str) -> None:

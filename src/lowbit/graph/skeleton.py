@@ -2,13 +2,14 @@
 
 transformers can build a model wholly on meta, but then rotary frequencies, masks and slopes are gone too and would have
 to be recomputed family by family. Here only parameters are caught: uninitialised memory (`torch.empty`, which is how
-every large parameter is born) goes to meta at once, and whatever else is registered as a parameter follows. Buffers are
+large parameters are born) goes to meta at once, and whatever else is registered as a parameter follows. Buffers are
 computed by the model's own code as always. A skeleton of 671 billion parameters takes seconds and no memory to speak of.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -23,14 +24,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+BUILD_ERRORS = (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError, ImportError)
+"""What model code raises for a configuration that it does not expect, and for a package that is not there."""
+
+
 class _EmptyOnMeta(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if function is torch.empty and kwargs.get("device") is None:
+        if kwargs.get("device") is None and (function is torch.empty or (function in FILLED and _is_huge(args))):
             kwargs["device"] = "meta"
         return function(*args, **kwargs)
+
+
+FILLED = (torch.zeros, torch.ones, torch.rand, torch.randn)
+
+
+def _is_huge(size: Any) -> bool:
+    """Larger than any buffer: 2²⁶ elements, a mask over a context of 8192 tokens."""
+    dimensions = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+    return math.prod(number for number in dimensions if isinstance(number, int)) > 2**26
 
 
 @contextmanager
@@ -50,7 +64,7 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def model_from_config(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+def model_from_config(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a configuration, in evaluation mode.
 
     Raises ValueError where transformers knows no causal decoder for it, or where it is an encoder-decoder.
@@ -64,7 +78,11 @@ def model_from_config(config: PreTrainedConfig, *, trust_remote_code: bool = Fal
     if not known and not remote:
         raise ValueError(f"{config.model_type} is not a causal decoder that transformers can build.")
     # The configuration is copied because transformers writes the dtype and the attention it settled on into it.
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **options)
+    config = copy.deepcopy(config)
+    try:
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except BUILD_ERRORS as error:
+        raise ValueError(f"transformers cannot build {config.model_type} from its configuration: {error}.") from error
     return cast("PreTrainedModel", model.eval())
 
 

@@ -25,6 +25,7 @@ from .trace import Call, Trace, as_rows, gathers, proportional, same
 TOLERANCE = 1e-9
 POST_NORM = "post-norm: its output goes to the residual stream, not to a linear"
 QUERY_KEY_NORM = "query-key norm: its output goes into the attention product, and no scale before it passes through"
+INNER_NORM = "inner norm: its output goes to no linear directly"
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,13 @@ def measure_norm(call: Call) -> Norm | None:
     bias, kept = getattr(call.module, "bias", None), weight.detach().clone()
     with torch.no_grad():
         weight.copy_(kept + 1.0)
-        normal = cast(Tensor, call.module(call.input.reshape(output.shape))) - output
+        normal = cast(Tensor, call.again()) - output
         weight.copy_(kept)
-        offset = (output - (0 if bias is None else bias) - kept * normal) / normal
-    value = round(float(offset.median()), 6) + 0.0
-    return Norm(call.path, value, bias is not None) if bool(((offset - value).abs() < 1e-5).all()) else None
+        rest = output - (0 if bias is None else bias) - kept * normal
+    live = normal != 0
+    offset = round(float((rest / normal)[live].median()), 6) + 0.0
+    same_everywhere = close(rest + normal, (offset + 1) * normal) and not rest[~live].any()
+    return Norm(call.path, offset, bias is not None) if same_everywhere else None
 
 
 def linear_storage(call: Call) -> bool | None:
@@ -134,7 +137,9 @@ class Surveyor:
         """A linear beside a list of experts with one output per expert, or a single one, weighs experts."""
         parent = path.rpartition(".")[0]
         outputs = cast(Tensor, self.calls[path].rows).shape[-1]
-        return any(outputs in (1, count) and parent == found.rpartition(".")[0] for found, count in self.experts.items())
+        return any(
+            outputs in (1, count) and parent == found.rpartition(".")[0] for found, count in self.experts.items()
+        )
 
     @cached_property
     def chosen(self) -> dict[str, int]:
@@ -174,10 +179,12 @@ class Surveyor:
         others = [path for path in fed if path not in self.sites and self._scalable(path)]
         received, output = self.trace.replay(change={norm.name: rows + self.random(*rows.shape)})
         leaks = [path for path, x in received.items() if path not in fed and not same(x, self.calls[path].input)]
-        in_stream = not same(output, self.trace.output.reshape(output.shape)) or any(path in self.norms for path in leaks)
+        in_stream = not same(output, self.trace.output.reshape(output.shape)) or any(
+            path in self.norms for path in leaks
+        )
         blocked = [path for path in fed if path not in self.sites and path not in others] + leaks
         if not readers:
-            return readers, POST_NORM if in_stream else QUERY_KEY_NORM
+            return readers, POST_NORM if in_stream else INNER_NORM
         if in_stream:
             return readers, "its output also goes to the residual stream"
         if blocked:
@@ -249,15 +256,21 @@ class Surveyor:
 
     def scores(self, value: Link) -> Iterator[str]:
         """Sites that steer one attention: straight into its scores, or through a query-key norm."""
-        reader, norms = value.readers[0], [path for path in self.norms if self._makes_scores(path, value)]
+        reader, norms = value.readers[0], self.score_norms(value)
         order = list(self.calls)
         for path in filter(self.stands_for_all, self.sites):
             if order.index(path) >= order.index(reader):
                 continue
             rows = cast(Tensor, self.calls[path].rows)
             received, _ = self.trace.replay(change={path: rows + self.random(*rows.shape)})
-            if any(not same(received[norm], self.calls[norm].input) for norm in norms) or self._makes_scores(path, value):
+            if any(not same(received[norm], self.calls[norm].input) for norm in norms) or self._makes_scores(
+                path, value
+            ):
                 yield path
+
+    def score_norms(self, value: Link) -> list[str]:
+        """Query-key norms of one attention."""
+        return [path for path in self.norms if self._makes_scores(path, value)]
 
     def _makes_scores(self, path: str, value: Link) -> bool:
         """Whether an output, other than V's rows in it, moves the attention output, though never the first token's."""
@@ -268,7 +281,10 @@ class Surveyor:
             if index is None:
                 return False
             noise[..., torch.tensor(index)] = 0
-        received, before = self._received(path, rows + as_rows(noise), value.readers[0]), self.calls[value.readers[0]].input
+        received, before = (
+            self._received(path, rows + as_rows(noise), value.readers[0]),
+            self.calls[value.readers[0]].input,
+        )
         return same(received[:1], before[:1]) and not same(received, before)
 
     def stream_readers(self) -> set[str]:
@@ -313,8 +329,12 @@ def survey(trace: Trace, heads: tuple[int, int]) -> Survey:
         else:
             found.note(tap[0], link)
     found.reads = [norm for path, norm in ask.norms.items() if path in stream]
-    found.writes = [path for path in trace.calls if (path in ask.sites or path in ask.norms) and ask.stands_for_all(path)]
+    found.writes = [
+        path for path in trace.calls if (path in ask.sites or path in ask.norms) and ask.stands_for_all(path)
+    ]
     found.writes = [path for path in found.writes if ask.writes(path)]
     values = [link for link in found.links if link.kind == "value"]
     found.scores = list(dict.fromkeys(path for link in values for path in ask.scores(link)))
+    steering = {ask.place(path) for link in values for path in ask.score_norms(link)}
+    found.refused = [(p, QUERY_KEY_NORM if r == INNER_NORM and p in steering else r) for p, r in found.refused]
     return found

@@ -25,8 +25,14 @@ class Call:
 
     path: str
     module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     input: Tensor
     output: Any
+
+    def again(self) -> Any:
+        """What the module returns now for the arguments that it was called with."""
+        return self.module(*self.args, **self.kwargs)
 
     @property
     def rows(self) -> Tensor | None:
@@ -81,16 +87,23 @@ def _tensors(value: Any) -> set[int]:
 
 
 def leaves(module: nn.Module) -> dict[str, nn.Module]:
-    """The modules below that hold parameters of their own."""
-    return {path: child for path, child in module.named_modules() if path and child._parameters}
+    """The modules below that hold parameters and no module that does: where the arithmetic with weights happens."""
+    return {path: child for path, child in module.named_modules() if path and _is_leaf(child)}
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    held = any(parameter is not None for parameter in module._parameters.values())
+    return held and not any(True for child in module.children() for _ in child.parameters())
 
 
 @contextmanager
-def _hooked(modules: dict[str, nn.Module], hook: Callable[[str, nn.Module, Tensor, Any], Any]) -> Iterator[None]:
+def _hooked(modules: dict[str, nn.Module], hook: Callable[[Call], Any]) -> Iterator[None]:
     def bind(path: str) -> Callable[..., Any]:
         def forward_hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             tensor = _first_tensor(args, kwargs)
-            return None if tensor is None or not tensor.numel() else hook(path, module, tensor, output)
+            if tensor is None or not tensor.numel():
+                return None
+            return hook(Call(path, module, _clone(args), kwargs, as_rows(tensor).clone(), _clone(output)))
 
         return forward_hook
 
@@ -125,10 +138,10 @@ class Trace:
         changed = [key for key, value in kwargs.items() if _tensors(value) != self.held[key]]
         self.writes_state = changed[0] if changed else ""
 
-    def record(self, path: str, module: nn.Module, tensor: Tensor, output: Any) -> None:
-        if path in self.calls:
-            self.repeated.add(path)
-        self.calls[path] = Call(path, module, as_rows(tensor).clone(), _clone(output))
+    def record(self, call: Call) -> None:
+        if call.path in self.calls:
+            self.repeated.add(call.path)
+        self.calls[call.path] = call
 
     @property
     def hidden(self) -> Tensor:
@@ -140,18 +153,21 @@ class Trace:
         args = tuple(hidden.clone() if value is old else value for value in self.args)
         return args, {key: hidden.clone() if value is old else value for key, value in self.kwargs.items()}
 
-    def replay(self, hidden: Tensor | None = None, change: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+    def replay(
+        self, hidden: Tensor | None = None, change: dict[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Runs the block with every module's output frozen, except those in `change` (rows [N, O]) and its input.
 
         Returns what every module received, as rows, and the block's output, as rows.
         """
         received: dict[str, Tensor] = {}
 
-        def freeze(path: str, module: nn.Module, tensor: Tensor, output: Any) -> Any:
-            received[path] = as_rows(tensor).clone()
-            if change and path in change:
-                return change[path].reshape(self.calls[path].output.shape).clone()
-            return _clone(self.calls[path].output)
+        def freeze(call: Call) -> Any:
+            received[call.path] = call.input
+            recorded = self.calls[call.path].output
+            if change and call.path in change:
+                return change[call.path].reshape(recorded.shape).clone()
+            return _clone(recorded)
 
         modules = {path: call.module for path, call in self.calls.items()}
         args, kwargs = self._arguments(self.hidden if hidden is None else hidden)

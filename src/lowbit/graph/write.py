@@ -47,7 +47,9 @@ class Writer:
         if expert is None:
             return name
         path, _, rest = expert
-        return next(known for known in self.survey.transposed if split_expert(known, {path: 0}) and known.endswith(rest))
+        return next(
+            known for known in self.survey.transposed if split_expert(known, {path: 0}) and known.endswith(rest)
+        )
 
     def taps(self) -> Iterator[Tap]:
         """Taps in order of execution; a list of experts comes expert by expert where its first tap stood."""
@@ -81,7 +83,11 @@ class Writer:
 
     def _layout(self, link: Link, source: Site, reader: Site) -> Layout:
         outputs, inputs = source.shape[0], reader.shape[1]
-        known = value_layouts(outputs, inputs, *self.heads) if link.kind == "value" else elementwise_layouts(outputs, inputs)
+        known = (
+            value_layouts(outputs, inputs, *self.heads)
+            if link.kind == "value"
+            else elementwise_layouts(outputs, inputs)
+        )
         fitting = {known[name] for name in link.layouts if name in known}
         if len(fitting) != 1:
             raise ValueError(f"The layout of {link.source} is ambiguous: {' or '.join(sorted(link.layouts))}.")

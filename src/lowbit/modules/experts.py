@@ -101,7 +101,9 @@ class Experts(nn.Module):
         rule = self.__dict__["rule"]
         activation: Activation = rule._apply_gate if self.projections[0] == "gate_up_proj" else rule.act_fn
         norm = getattr(self, "post_expert_norm", None)
-        total = hidden_states.new_zeros(hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
+        total = hidden_states.new_zeros(
+            hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32)
+        )
         routes = top_k_index.reshape(-1)
         counts = torch.bincount(routes, minlength=len(self)).tolist()
         for index, chosen in enumerate(routes.argsort(stable=True).split(counts)[: len(self)]):

@@ -33,7 +33,9 @@ class QLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: QLayer, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, layer: QLayer, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.out_features, self.in_features = layer.weight.shape
@@ -70,7 +72,8 @@ def install(
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor.to(device)
+            born = owner._buffers[leaf]
+            owner._buffers[leaf] = tensor.to(device, tensor.dtype if born is None else born.dtype)
         else:
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             setattr(owner, leaf, nn.Parameter(tensor.to(device, kind), requires_grad=False))

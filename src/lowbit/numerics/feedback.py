@@ -44,7 +44,7 @@ def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
     if not bool(h.isfinite().all()):
         raise ValueError("the inputs' Gram matrix is not finite: look for NaN, Inf or overflow in the activations")
     for attempt in range(attempts):
-        work = damped(h, max(damp, 1e-4 if attempt else 0.0) * 10**attempt)
+        work = damped(h, damp * 10**attempt)
         for dtype in (torch.float32, torch.float64):
             factor, info = torch.linalg.cholesky_ex(work.to(dtype).flip(0, 1))
             if info.item():
@@ -53,7 +53,7 @@ def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
             inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
             if bool(inverse.isfinite().all()):
                 return inverse.flip(0, 1).float()
-    raise ValueError("the inputs' Gram matrix cannot be factorized even with heavy damping: raise the damping")
+    raise ValueError("the inputs' Gram matrix cannot be factorized even with heavy damping: choose a larger one")
 
 
 def sweep(

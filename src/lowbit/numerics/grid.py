@@ -174,19 +174,24 @@ def grid_from_range(low: Tensor, high: Tensor, spec: Spec) -> Grid:
     number = spec.number
     if isinstance(number, Float) or number.symmetric:
         amax = torch.maximum(high.abs(), low.abs())
-        scale = amax / _amax_levels(number)
+        scale = _divided(amax, _amax_levels(number))
         unsigned = isinstance(number, Int) and not number.signed
         zero = torch.full_like(scale, float(1 << (number.bits - 1))) if unsigned else None
         return Grid(spec, store_scale(torch.where(scale > 0, scale, 1.0), spec.scale), zero)
     if number.rule != "asymmetric-raw":
         low, high = low.clamp_max(0), high.clamp_min(0)
     steps = 2**number.bits if number.rule == "asymmetric-deepspeed" else 2**number.bits - 1
-    scale = (high - low) / steps
+    scale = _divided(high - low, steps)
     scale = store_scale(torch.where(scale > 0, scale, 1.0), spec.scale)
     zero = -(low / scale).round()
     if number.rule != "asymmetric-deepspeed":
         zero = zero.clamp(number.low, number.high)
     return Grid(spec, scale, zero)
+
+
+def _divided(x: Tensor, number: float) -> Tensor:
+    """x / number, correctly rounded everywhere: CUDA divides by a plain number through its reciprocal."""
+    return x / torch.full_like(x, number)
 
 
 def _amax_levels(number: Number) -> float:
@@ -208,8 +213,8 @@ def fit_range(x: Tensor, spec: Spec) -> Grid:
 UnitError = Callable[[Tensor, slice], Tensor]
 """(difference in units view [R/r, r, C/c, c], the rows of x it belongs to) -> error of every unit [R/r, C/c]."""
 
-_CHUNK = 1 << 19
-"""Elements searched at once, so that a candidate's temporaries stay in cache."""
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}
+"""Elements searched at once: on a CPU a candidate's temporaries stay in cache, on a GPU kernels are long enough to pay."""
 
 
 def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitError) -> Grid:
@@ -220,7 +225,7 @@ def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitErro
     """
     ratios = tuple(ratios)
     rows, columns = x.shape
-    step = max(1, _CHUNK // columns) if spec.block[0] == 1 else rows
+    step = max(1, _CHUNK.get(x.device.type, 1 << 19) // columns) if spec.block[0] == 1 else rows
     parts = [
         _search_rows(x[a : a + step].float(), spec, ratios, error, slice(a, a + step)) for a in range(0, rows, step)
     ]

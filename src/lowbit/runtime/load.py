@@ -75,7 +75,9 @@ def plain_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCo
     return config
 
 
-def _load_transformers(path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool) -> PreTrainedModel:
+def _load_transformers(
+    path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool
+) -> PreTrainedModel:
     """Any other model that transformers loads, quantized or not; headers are checked first, for errors in one sentence."""
     from transformers import AutoModelForCausalLM
 

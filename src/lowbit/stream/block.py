@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..graph.anatomy import BlockAnatomy, Edge, Site, Tap
 from ..graph.fold import apply_scale
 from ..methods.base import Recipe, Stats, Transform
-from ..modules.linear import QLinear, install
+from ..modules.linear import install
 from ..numerics.grid import Grid, fit_range, grid_from_range
 from ..numerics.qtensor import QLayer, QTensor, QWeight
 from ..numerics.spec import Spec
@@ -146,7 +146,14 @@ class _BlockWork:
         recorded = text.replayed() if inspect else ()
         needs = self.recipe.needs
         return observe(
-            self.block, self.anatomy.taps, needs, text.forward, text.batches, inspect=inspect, recorded=recorded, outputs=(0,)
+            self.block,
+            self.anatomy.taps,
+            needs,
+            text.forward,
+            text.batches,
+            inspect=inspect,
+            recorded=recorded,
+            outputs=(0,),
         )
 
     def _replays(self, edge: Edge) -> bool:
@@ -172,7 +179,9 @@ class _BlockWork:
             spec = self.formats[site.name][0]
             if spec is not None:
                 grid = fit_range(self.weight(site), spec)
-                layers[site.name] = self._layer(site, QTensor(grid.encode(self.weight(site)), grid), stats.get(site.name))
+                layers[site.name] = self._layer(
+                    site, QTensor(grid.encode(self.weight(site)), grid), stats.get(site.name)
+                )
         return layers
 
     # --- transforming -------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ bytes; how the names in them become the names of a model is `provenance.py`'s bu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cached_property
 from io import FileIO
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
+from ..formats.files import INDEX, Entry, Streamed, raw_bytes, read_at
+from ..formats.source import checksum, first_line, listed, locate, scan
 from ..modules.linear import QLinear
 from .provenance import Piece, Provenance, as_matrix
-from .shards import INDEX, Entry, raw_bytes, read_at
-from .source import checksum, first_line, listed, locate, scan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -157,13 +158,27 @@ class Checkpoint:
             rows = _read_rows(file, entry, [piece.rows[i] for i in wanted.tolist()])
         return rows[:, piece.columns[0] : piece.columns[-1] + 1][back].view(len(index), *self._bound.shape(name)[1:])
 
+    def streamed(self, name: str) -> Streamed:
+        """A parameter to be copied into a shard a few rows at a time, checked for NaN on the way."""
+        shape = self._bound.shape(name)
+
+        def parts() -> Iterator[Tensor]:
+            for rows in torch.arange(shape[0]).split(max(1, _ELEMENTS // max(1, prod(shape[1:])))):
+                part = self.rows(name, rows)
+                check_finite(name, part)
+                yield part
+
+        return Streamed(self._dtype(name), shape, parts)
+
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """Where a parameter lies in the files, one rectangle below the other; export splits by the same pieces."""
         return self._bound.pieces(name)
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes that `read` of these names takes."""
-        return sum(self._dtype(name).itemsize * torch.Size(self._bound.shape(name)).numel() for name in names)
+        return sum(
+            self._entries[self._bound.source(name)][1].dtype.itemsize * prod(self._bound.shape(name)) for name in names
+        )
 
     @property
     def _bound(self) -> Provenance:

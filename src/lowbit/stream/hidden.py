@@ -45,7 +45,7 @@ class HiddenStates:
         else:
             self._kept[index] = None
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_shard(self._file(index), {"state": state})
+            write_shard(self._file(index), {"state": state}, sync=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))

@@ -5,11 +5,11 @@ A plan is made from names and shapes alone. What cannot work is refused here in 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-import time
 from math import prod
 
 import torch
@@ -129,7 +129,9 @@ def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
         if any(fnmatchcase(name, override.pattern) for name in outside):
             if override.weights is None:
                 continue
-            raise ValueError(f"{override.pattern} matches the head or embedding, which stay in 16 bits: drop that override")
+            raise ValueError(
+                f"{override.pattern} matches the head or embedding, which stay in 16 bits: drop that override"
+            )
         leaves = sorted({name.rpartition(".")[2] for name in names})
         near = get_close_matches(override.pattern.rpartition(".")[2].strip("*"), leaves, 1, 0.4)
         hint = f"did you mean *.{near[0]}?" if near else f"linears end in {', '.join(leaves[:6])}"

@@ -85,14 +85,18 @@ def run_prologue(
     layers = model.get_submodule(anatomy.layers)
     blocks = list(layers)
     used = torch.cat([batch.flatten() for batch in batches]).unique()
-    outside = [n for n in checkpoint.names() if not n.startswith(f"{anatomy.layers}.") and not n.startswith(f"{anatomy.head}.")]
+    outside = [
+        n for n in checkpoint.names() if not n.startswith(f"{anatomy.layers}.") and not n.startswith(f"{anatomy.head}.")
+    ]
     embedding = f"{anatomy.embedding}.weight"
     tensors = checkpoint.read(name for name in outside if name != embedding)
     install(model, {}, {**tensors, embedding: checkpoint.rows(embedding, used)}, dtype, device)
     _move_buffers(model, device)
     table = model.get_submodule(anatomy.embedding)
     table.padding_idx = None  # it would be checked against the few rows that were read
-    compact = table.register_forward_pre_hook(lambda _m, args: (torch.searchsorted(used.to(device), args[0]), *args[1:]))
+    compact = table.register_forward_pre_hook(
+        lambda _m, args: (torch.searchsorted(used.to(device), args[0]), *args[1:])
+    )
     calls = Calls([[] for _ in blocks])
     try:
         for batch in batches:

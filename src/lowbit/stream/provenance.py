@@ -90,6 +90,11 @@ class Provenance:
         """Whether transformers lets a checkpoint lack this entry and keeps what the model was built with."""
         return _matches(name, getattr(self._reference, "_keys_to_ignore_on_load_missing", None) or ())
 
+    def source(self, name: str) -> str:
+        """The checkpoint tensor that holds this entry's first element, without looking for the others."""
+        view = self._view(name)
+        return self._names[self._follow(_storage(view), np.array([view.storage_offset()]))[0][0]]
+
     def pieces(self, name: str) -> tuple[Piece, ...]:
         """The rectangles of the checkpoint that make this entry, one below the other; found on first use and kept."""
         if name not in self._pieces:

@@ -45,7 +45,9 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another run is writing to {self.path}: wait for it, or choose another --output") from None
+                raise ValueError(
+                    f"another run is writing to {self.path}: wait for it, or choose another --output"
+                ) from None
             try:
                 self._begin(plan)
                 yield
@@ -57,7 +59,9 @@ class RunDirectory:
             raise ValueError(f"{self.path} is a file: choose a directory for --output")
         holds = sorted(p.name for p in self.path.iterdir()) if self.path.exists() else []
         if holds and holds != [".lock"] and PLAN not in holds:
-            raise ValueError(f"{self.path} holds something else ({', '.join(holds[:3])}): choose an empty or new directory")
+            raise ValueError(
+                f"{self.path} holds something else ({', '.join(holds[:3])}): choose an empty or new directory"
+            )
         if restart and PLAN in holds:
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -96,7 +100,9 @@ class RunDirectory:
     def _done(self, block: int) -> bool:
         return self.shard(block + 1).exists() and self._report(block).exists()
 
-    def write_block(self, block: int, prefix: str, layers: Mapping[str, QLayer], rest: Mapping[str, Tensor], report: Any) -> None:
+    def write_block(
+        self, block: int, prefix: str, layers: Mapping[str, QLayer], rest: Mapping[str, Tensor], report: Any
+    ) -> None:
         """Store a finished block: the report first, so that a shard never lacks one."""
         named = {f"{prefix}.{name}": layer for name, layer in layers.items()}
         tensors = {f"{prefix}.{name}": tensor for name, tensor in rest.items()}
@@ -111,7 +117,9 @@ class RunDirectory:
         path = self.shard(block + 1)
         layers, rest = native.unpack(shard_header(path).metadata, read_shard(path))
         cut = len(prefix) + 1
-        return {name[cut:]: layer for name, layer in layers.items()}, {name[cut:]: tensor for name, tensor in rest.items()}
+        return {name[cut:]: layer for name, layer in layers.items()}, {
+            name[cut:]: tensor for name, tensor in rest.items()
+        }
 
     def finish(self) -> None:
         """Write the index: the run is complete."""

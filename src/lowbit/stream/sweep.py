@@ -62,7 +62,9 @@ class Sweep:
         anatomy, count = self.plan.anatomy, len(self.plan.anatomy.blocks)
         finished = self.run.finished()
         self._write_rest()
-        calls, hidden, start = self._begin(finished) if self.plan.recipe.calibrated and finished < count else (None, None, finished)
+        calls, hidden, start = None, None, finished
+        if self.plan.recipe.calibrated and finished < count:
+            calls, hidden, start = self._begin(finished)
         saver = _Snapshots(self.run, hidden)
         with Prefetch(self.checkpoint) as ahead:
             if finished < count:
@@ -96,7 +98,14 @@ class Sweep:
         for name, tensor in tensors.items():
             check_finite(f"{prefix}.{name}", tensor)
         outcome = quantize_block(
-            block, anatomy.blocks[index], tensors, self.plan.recipe, self.plan.formats[index], text, self.dtype, self.device
+            block,
+            anatomy.blocks[index],
+            tensors,
+            self.plan.recipe,
+            self.plan.formats[index],
+            text,
+            self.dtype,
+            self.device,
         )
         report = _report(prefix, outcome)
         self.run.write_block(index, prefix, outcome.layers, outcome.rest, report)
@@ -130,10 +139,7 @@ class Sweep:
         if not self.run.shard(0).exists():
             inside = f"{self.plan.anatomy.layers}."
             names = [n for n in self.checkpoint.names() if not n.startswith(inside) and n not in self.checkpoint.tied]
-            tensors = self.checkpoint.read(names)
-            for name, tensor in tensors.items():
-                check_finite(name, tensor)
-            write_shard(self.run.shard(0), tensors)
+            write_shard(self.run.shard(0), {name: self.checkpoint.streamed(name) for name in names})
         if not (self.run.path / NAMES).exists():
             write_json(self.run.path / NAMES, checkpoint_names(self.checkpoint))
 
@@ -142,7 +148,10 @@ def checkpoint_names(checkpoint: Checkpoint) -> dict[str, list[tuple[str, int, b
     """Parameter -> its pieces' (checkpoint name, rows, transposed), where they are not simply itself."""
     names = {}
     for name in checkpoint.names():
-        pieces = [(piece.name, len(piece.columns if piece.transposed else piece.rows), piece.transposed) for piece in checkpoint.pieces(name)]
+        pieces = [
+            (piece.name, len(piece.columns if piece.transposed else piece.rows), piece.transposed)
+            for piece in checkpoint.pieces(name)
+        ]
         if len(pieces) > 1 or pieces[0][0] != name or pieces[0][2]:
             names[name] = pieces
     return names
