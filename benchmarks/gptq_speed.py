@@ -1,4 +1,4 @@
-"""GPTQ W4 g128 on this CPU: lowbit against llm-compressor, same calibration tokens, same evaluation, one after the other.
+"""GPTQ W4 g128 on this CPU: lowbit against llm-compressor on the same calibration tokens, one after the other.
 
     python benchmarks/gptq_speed.py MODEL --calibration calib.txt --text test.txt --peer-python PEER/bin/python
 

@@ -49,10 +49,8 @@ def main() -> None:
             command = [sys.executable, "-m", "lowbit", "quantize", str(model), "--recipe", recipe, "--output", output]
             subprocess.run([*command, "--json", report, *options], check=True, stdout=subprocess.DEVNULL)
             found = json.loads(Path(report).read_text())
-            print(
-                f"| {recipe} | {found['peak_memory_bytes'] / 1e9:.2f} GB | {found['seconds']:.0f} | {found['bits_per_weight']:.3f} |",
-                flush=True,
-            )
+            peak, seconds, bits = found["peak_memory_bytes"] / 1e9, found["seconds"], found["bits_per_weight"]
+            print(f"| {recipe} | {peak:.2f} GB | {seconds:.0f} | {bits:.3f} |", flush=True)
             shutil.rmtree(output)
 
 

@@ -81,6 +81,8 @@ TINY: dict[str, Callable[[], PreTrainedConfig]] = {
         "granite", embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0, attention_multiplier=0.1
     ),
     "qwen3_moe": _config("qwen3_moe", head_dim=16, num_experts=4, **MIXTURE),
+    "qwen2_moe": _config("qwen2_moe", num_experts=4, shared_expert_intermediate_size=48, **MIXTURE),
+    "gpt_oss": _config("gpt_oss", head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
     "deepseek_v3": _config(
         "deepseek_v3",
         num_hidden_layers=3,

@@ -14,6 +14,8 @@ import torch
 from families import TINY, build, tokens
 from tiny import save_model, save_text, tokenizer
 
+from transformers.pytorch_utils import Conv1D
+
 import lowbit
 from lowbit.formats import native
 from lowbit.formats.files import read_shard, shard_header
@@ -61,17 +63,17 @@ def oracle_logits(name: str, run: Path, ids: torch.Tensor) -> torch.Tensor:
 
     model = build(name)
     unfuse_experts(model)
-    hooks = []
+    state = model.state_dict()  # shares memory with the model; buffers included
     for file in run.glob("*.safetensors"):
         layers, rest = native.unpack(shard_header(file).metadata, read_shard(file))
         for path, tensor in rest.items():
-            model.get_parameter(path).data.copy_(tensor)
+            state[path].copy_(tensor)
         for path, layer in layers.items():
             module = model.get_submodule(path)
             weight = layer.weight.dequantize()
-            module.weight.data.copy_(weight if module.weight.shape == weight.shape else weight.T)
+            module.weight.data.copy_(weight.T if isinstance(module, Conv1D) else weight)
             if layer.activation is not None:
-                hooks.append(module.register_forward_pre_hook(input_quantizer(layer)))
+                module.register_forward_pre_hook(input_quantizer(layer))
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
 

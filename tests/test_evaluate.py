@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowbit.data.evaluation import load_windows
 from lowbit.data.text import windows as cut
 from lowbit.evaluate import text
+from lowbit.evaluate.divergence import divergence_over
 from lowbit.evaluate.report import EvaluationReport
 from lowbit.evaluate.size import bits_per_parameter, bits_per_weight, size_on_disk
 from lowbit.evaluate.tasks import read_results, run_tasks
@@ -144,6 +145,12 @@ def test_divergence_is_the_formula(llama: nn.Module, other: nn.Module, rows: Ten
     assert 0 < sum(same) < len(same)
     assert found.top1 == pytest.approx(sum(same) / len(same), abs=1e-12)
     assert found.cosine == pytest.approx(sum(cosines) / 5, abs=1e-6)
+
+
+def test_several_texts_are_one_text(llama: nn.Module, other: nn.Module, rows: Tensor) -> None:
+    parts = [(divergence(llama, other, part), part.shape[0]) for part in (rows[:1], rows[1:])]
+    merged, whole = divergence_over(parts), divergence(llama, other, rows)
+    assert (merged.kl, merged.top1, merged.cosine) == pytest.approx((whole.kl, whole.top1, whole.cosine), rel=1e-6)
 
 
 def test_kl_is_from_the_original_to_the_model() -> None:

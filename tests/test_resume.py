@@ -1,4 +1,4 @@
-"""A killed run, started again, ends in the same bytes; a changed plan is refused by field; nothing finished is redone."""
+"""A killed run, started again, ends in the same bytes; a changed plan is refused; nothing finished is redone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path
     return model, text, quantize(model, text, root / "whole").path
 
 
-def quantize(model: Path, text: Path, output: Path, recipe: str = "awq+gptq-w4a16-g32", **options) -> lowbit.api.Quantized:
+def quantize(model: Path, text: Path, output: Path, recipe: str = "awq+gptq-w4a16-g32", **options):
     return lowbit.quantize(model, recipe, output, **{"calibration": str(text), "samples": 8, "length": 32} | options)
 
 
@@ -55,10 +55,12 @@ def test_sigkill_and_again(material: tuple[Path, Path, Path], tmp_path: Path) ->
         "write = run.RunDirectory.write_block\n"
         "def slow(*a): write(*a); time.sleep(0.5)\n"
         "run.RunDirectory.write_block = slow\n"
-        "lowbit.quantize(sys.argv[1], 'awq+gptq-w4a16-g32', sys.argv[3], calibration=sys.argv[2], samples=8, length=32)\n"
+        "model, text, output = sys.argv[1:]\n"
+        "lowbit.quantize(model, 'awq+gptq-w4a16-g32', output, calibration=text, samples=8, length=32)\n"
     )
     output = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", script, model, text, output], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", script, str(model), str(text), str(output)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     second = output / f"model-00003-of-0000{BLOCKS + 1}.safetensors"
     deadline = time.monotonic() + 120
     while not second.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -75,7 +77,11 @@ def test_sigkill_and_again(material: tuple[Path, Path, Path], tmp_path: Path) ->
 @pytest.mark.parametrize("snapshots", [False, True])
 @pytest.mark.parametrize("memory", [None, 1])
 def test_interrupted_behind_every_block(
-    material: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshots: bool, memory: int | None
+    material: tuple[Path, Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    snapshots: bool,
+    memory: int | None,
 ) -> None:
     """Interrupted behind each block in turn, with hidden states in memory or on disk, replayed or from a snapshot."""
     model, text, whole = material

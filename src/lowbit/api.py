@@ -76,7 +76,7 @@ class Quantized:
 
 
 def quantize(model: str | Path, recipe: str | Path | Recipe, output: str | Path, **options: Any) -> Quantized:
-    """Quantize `model` (directory, hub id or `demo`) by a recipe (name, YAML file or `Recipe`) into the directory `output`.
+    """Quantize `model` (directory, hub id or `demo`) by a recipe (name, YAML file or `Recipe`) into a directory.
 
     Options are the other fields of `Request`. A directory that an interrupted run left behind is gone on with; a
     finished one is left unchanged. Raises ValueError, in one sentence, for a request that cannot be met.

@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lowbit",
         description="Quantize language models, prove what it costs, and export what real software loads.",
-        epilog="Start with: lowbit quantize demo --recipe gptq-w4a16-g128 --output out && lowbit evaluate out --against demo",
+        epilog="Start with: lowbit quantize demo --recipe gptq-w4a16-g128 --output out",
     )
     parser.add_argument("--version", action="version", version=f"lowbit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

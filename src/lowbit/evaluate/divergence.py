@@ -7,7 +7,7 @@ are sums over positions, so logits are compared piece by piece and never kept. T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,4 +62,18 @@ def divergence_of(windows: Iterable[WindowDivergence]) -> Divergence:
         kl=max(0.0, math.fsum(window.kl for window in found) / positions),
         top1=sum(window.same for window in found) / positions,
         cosine=math.fsum(window.cosine() for window in found) / len(found),
+    )
+
+
+def divergence_over(texts: Sequence[tuple[Divergence, int]]) -> Divergence:
+    """One figure for several texts scored with the same window length: (divergence, number of windows) of each."""
+    total = sum(windows for _, windows in texts)
+
+    def mean(values: Iterable[float]) -> float:
+        return math.fsum(value * windows for value, (_, windows) in zip(values, texts, strict=True)) / total
+
+    return Divergence(
+        kl=mean(found.kl for found, _ in texts),
+        top1=mean(found.top1 for found, _ in texts),
+        cosine=mean(found.cosine for found, _ in texts),
     )

@@ -92,7 +92,7 @@ def describe(layers: Mapping[str, QLayer]) -> dict[str, str]:
 
 def unpack(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[dict[str, QLayer], dict[str, Tensor]]:
     """(quantized linears by name, every other tensor of the file). Raises ValueError on a file of another version."""
-    meta = json.loads(header.get("lowbit", '{"version": %d, "formats": [], "sites": {}}' % VERSION))
+    meta = json.loads(header.get("lowbit", f'{{"version": {VERSION}, "formats": [], "sites": {{}}}}'))
     if meta["version"] != VERSION:
         raise ValueError(
             f"the file has layout version {meta['version']}, this lowbit reads version {VERSION}: requantize the model"

@@ -10,6 +10,7 @@ Shape letters: O output features, I input features, D model width, H query heads
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ class Site:
 
     def weight(self, block: nn.Module) -> Tensor:
         """The site's weight as an [O, I] view that shares memory with the block's parameter."""
-        weight = block.get_submodule(self.name).weight
+        weight = cast(Tensor, block.get_submodule(self.name).weight)
         return weight.T if self.transposed else weight
 
 
@@ -123,7 +124,7 @@ class Anatomy:
     embedding: str
     head: str
     final_norm: Norm | None
-    """None where the head reads the last block's output as it is (the post-norm OPT-350m)."""
+    """None where no norm with a gain stands before the head (OPT-350m, OLMo)."""
     tied: bool
     heads: Heads
     blocks: tuple[BlockAnatomy, ...]

@@ -56,7 +56,8 @@ def _block(block: BlockAnatomy) -> Iterator[str]:
         yield from (f"  {place}: {reason}" for place, reason in block.refused)
     experts = {site.name: site for site in block.sites if site.expert is not None}
     writes = dict.fromkeys(_name(experts[name]) if name in experts else name for name in block.writes)
-    yield f"residual stream read by {', '.join(n.name for n in block.reads) or 'linears'}, written by {', '.join(writes)}"
+    yield f"residual stream read by {', '.join(norm.name for norm in block.reads) or 'linears'}"
+    yield f"residual stream written by {', '.join(writes)}"
 
 
 def _name(site: Site) -> str:

@@ -1,9 +1,9 @@
 """Discovers the anatomy of any decoder from its configuration, and proves it before anyone uses it.
 
-A small random double of the model (`probe.py`) is run once and every kind of block in it is surveyed (`survey.py`): what
-is a linear, who reads the same tensor, which output scales which input. Every edge found so must then leave the logits
-of the whole double unchanged under a random map (`prove.py`), and what passes is written down for the real dimensions
-(`write.py`). No weights are read, and no family is known by name.
+A small random double of the model (`probe.py`) is run once and every kind of block in it is surveyed (`survey.py`):
+what is a linear, who reads the same tensor, which output scales which input. Every edge found so must then leave the
+logits of the whole double unchanged under a random map (`prove.py`), and what passes is written down for the real
+dimensions (`write.py`). No weights are read, and no family is known by name.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def source_rows(edge: Edge, tensor: Tensor) -> Tensor | slice:
 
 @torch.no_grad()
 def apply_scale(block: nn.Module, edge: Edge, scale: Tensor) -> None:
-    """Divides the source's output by `scale` [S source channels] and multiplies what reads it; the block computes the same.
+    """Divides the source's output by `scale` [S source channels] and multiplies what reads it by the same.
 
     Changes, in place: a norm's gain and bias, or a site's rows and their bias; the columns of every reader and router.
     """

@@ -19,7 +19,7 @@ def _cut(groups: int, period: int, offset: int, span: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=256)
 def elementwise_layouts(outputs: int, inputs: int) -> dict[str, Layout]:
-    """Ways in which `inputs` reader channels may be rows of an up projection with `outputs` rows (gate and up fused)."""
+    """Ways in which `inputs` reader channels may be rows of an up projection: `outputs` rows, perhaps gate and up."""
     if outputs == inputs:
         return {"all rows": (None, None)}
     if outputs != 2 * inputs:

@@ -1,8 +1,8 @@
 """A small double of a model, on which its anatomy can be traced and proved in double precision within a second.
 
-The double is built from a shrunk copy of the configuration by the model's own code, so it has the same structure. It is
-held against the real skeleton afterwards, block by block; where shrinking broke something the next larger copy is tried.
-Shrinking knows the usual names of dimensions, nothing about families: an unknown name stays as large as it is.
+The double is built from a shrunk copy of the configuration by the model's own code, so it has the same structure. It
+is held against the real skeleton afterwards, block by block; where shrinking broke something the next larger copy is
+tried. Shrinking knows the usual names of dimensions, nothing about families: an unknown name stays as large as it is.
 """
 
 from __future__ import annotations

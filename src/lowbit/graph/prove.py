@@ -69,8 +69,8 @@ def _restored(places: list[Place]) -> Iterator[None]:
     for block, edge in places:
         source = edge.source.name if isinstance(edge.source, Norm) else edge.source.site.name
         for path in (source, *(reader.name for reader in edge.readers), *edge.others):
-            for parameter in block.get_submodule(path).parameters(recurse=False):
-                touched.setdefault(id(parameter), (parameter, parameter.detach().clone()))
+            for held in block.get_submodule(path).parameters(recurse=False):
+                touched.setdefault(id(held), (held, held.detach().clone()))
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 transformers can build a model wholly on meta, but then rotary frequencies, masks and slopes are gone too and would have
 to be recomputed family by family. Here only parameters are caught: uninitialised memory (`torch.empty`, which is how
 large parameters are born) goes to meta at once, and whatever else is registered as a parameter follows. Buffers are
-computed by the model's own code as always. A skeleton of 671 billion parameters takes seconds and no memory to speak of.
+computed by the model's own code as always. A skeleton of 671 billion parameters takes seconds and little memory.
 """
 
 from __future__ import annotations

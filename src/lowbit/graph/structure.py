@@ -63,7 +63,7 @@ def find_layers(model: nn.Module, config: PreTrainedConfig) -> str:
     """
     for path, module in model.named_modules():
         if _is_list(module) and len(list(module.children())) == config.num_hidden_layers:
-            return path
+            return str(path)
     raise ValueError(f"No list of {config.num_hidden_layers} decoder blocks was found in {type(model).__name__}.")
 
 

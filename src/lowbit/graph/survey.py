@@ -75,12 +75,16 @@ class Survey:
         self.note(link.readers[0], reason)
 
 
-def close(left: Tensor, right: Tensor) -> bool:
+def _close(left: Tensor, right: Tensor) -> bool:
     return bool((left - right).abs().max() <= TOLERANCE * right.abs().max())
 
 
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
 def measure_norm(call: Call) -> Norm | None:
-    """The norm that a module is, if its output is (weight + offset) · n(x) + bias, with n(x) independent of the weight."""
+    """The norm that a module is: output = (weight + offset) · n(x) + bias, where n(x) knows nothing of the weight."""
     weight, output = getattr(call.module, "weight", None), call.output
     if not isinstance(weight, Tensor) or not isinstance(output, Tensor) or output.numel() != call.input.numel():
         return None
@@ -94,7 +98,7 @@ def measure_norm(call: Call) -> Norm | None:
         rest = output - (0 if bias is None else bias) - kept * normal
     live = normal != 0
     offset = round(float((rest / normal)[live].median()), 6) + 0.0
-    same_everywhere = close(rest + normal, (offset + 1) * normal) and not rest[~live].any()
+    same_everywhere = _close(rest + normal, (offset + 1) * normal) and not rest[~live].any()
     return Norm(call.path, offset, bias is not None) if same_everywhere else None
 
 
@@ -108,7 +112,7 @@ def linear_storage(call: Call) -> bool | None:
         matrix = weight if transposed else weight.T
         if call.input.shape[-1] == matrix.shape[0] and rows.shape[-1] == matrix.shape[1]:
             product = call.input @ matrix
-            if close(product if bias is None else product + bias, rows):
+            if _close(product if bias is None else product + bias, rows):
                 return transposed
     return None
 
@@ -135,11 +139,9 @@ class Surveyor:
 
     def _routes(self, path: str) -> bool:
         """A linear beside a list of experts with one output per expert, or a single one, weighs experts."""
-        parent = path.rpartition(".")[0]
         outputs = cast(Tensor, self.calls[path].rows).shape[-1]
-        return any(
-            outputs in (1, count) and parent == found.rpartition(".")[0] for found, count in self.experts.items()
-        )
+        beside = [count for found, count in self.experts.items() if _parent(found) == _parent(path)]
+        return any(outputs in (1, count) for count in beside)
 
     @cached_property
     def chosen(self) -> dict[str, int]:
@@ -168,7 +170,7 @@ class Surveyor:
 
     def place(self, path: str) -> str:
         """A module's path, or that of the list it is in: one norm per head is one place."""
-        parent = path.rpartition(".")[0]
+        parent = _parent(path)
         return parent if isinstance(self.trace.block.get_submodule(parent), nn.ModuleList) else path
 
     def norm_link(self, norm: Norm) -> tuple[list[str], Link | str]:
@@ -179,9 +181,7 @@ class Surveyor:
         others = [path for path in fed if path not in self.sites and self._scalable(path)]
         received, output = self.trace.replay(change={norm.name: rows + self.random(*rows.shape)})
         leaks = [path for path, x in received.items() if path not in fed and not same(x, self.calls[path].input)]
-        in_stream = not same(output, self.trace.output.reshape(output.shape)) or any(
-            path in self.norms for path in leaks
-        )
+        in_stream = not same(output, as_rows(self.trace.output)) or any(path in self.norms for path in leaks)
         blocked = [path for path in fed if path not in self.sites and path not in others] + leaks
         if not readers:
             return readers, POST_NORM if in_stream else INNER_NORM
@@ -196,11 +196,9 @@ class Surveyor:
         return isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == self.calls[path].input.shape[1]
 
     def _inspect(self, names: list[str]) -> str:
-        """The smallest module that shows the effect: one linear alone is seen through its parent, unless that is the block."""
+        """The smallest module that shows the effect; a linear alone is seen through its parent, but not the block."""
         path = common_module(names)
-        while path.rpartition(".")[0] and (path in self.sites or split_expert(path + ".", self.experts)):
-            path = path.rpartition(".")[0]
-        return path
+        return _parent(path) if path in self.sites and _parent(path) else path
 
     def linear_link(self, tap: list[str]) -> Link | str:
         """The edge from an earlier linear to a tap, or the reason why there is none."""
@@ -245,14 +243,14 @@ class Surveyor:
         return "up", elementwise_layouts(outputs, inputs)
 
     def _fits(self, source: str, reader: str, layout: Layout) -> bool:
-        """Whether dividing the layout's rows by random scales divides the reader's input by the same, and nothing else."""
+        """Whether dividing the layout's rows by random scales divides the reader's input by the same."""
         index, channels = layout
         rows = cast(Tensor, self.calls[source].rows).clone()
         chosen = torch.arange(rows.shape[-1]) if index is None else torch.tensor(index)
         scale = torch.exp(0.5 * self.random(len(chosen)))
         rows[:, chosen] /= scale
         expected = self.calls[reader].input / (scale if channels is None else scale[torch.tensor(channels)])
-        return close(self._received(source, rows, reader), expected)
+        return _close(self._received(source, rows, reader), expected)
 
     def scores(self, value: Link) -> Iterator[str]:
         """Sites that steer one attention: straight into its scores, or through a query-key norm."""
@@ -263,9 +261,8 @@ class Surveyor:
                 continue
             rows = cast(Tensor, self.calls[path].rows)
             received, _ = self.trace.replay(change={path: rows + self.random(*rows.shape)})
-            if any(not same(received[norm], self.calls[norm].input) for norm in norms) or self._makes_scores(
-                path, value
-            ):
+            steers = any(not same(received[norm], self.calls[norm].input) for norm in norms)
+            if steers or self._makes_scores(path, value):
                 yield path
 
     def score_norms(self, value: Link) -> list[str]:
@@ -274,17 +271,14 @@ class Surveyor:
 
     def _makes_scores(self, path: str, value: Link) -> bool:
         """Whether an output, other than V's rows in it, moves the attention output, though never the first token's."""
-        rows = cast(Tensor, self.calls[path].rows)
-        noise = self.random(*self.calls[path].output.shape)
+        reader, rows = value.readers[0], cast(Tensor, self.calls[path].rows)
+        noise = self.random(*rows.shape)
         if path == value.source:
-            index = self._candidates(path, value.readers[0], mixes=True)[1][min(value.layouts)][0]
+            index = self._candidates(path, reader, mixes=True)[1][min(value.layouts)][0]
             if index is None:
                 return False
-            noise[..., torch.tensor(index)] = 0
-        received, before = (
-            self._received(path, rows + as_rows(noise), value.readers[0]),
-            self.calls[value.readers[0]].input,
-        )
+            noise[:, torch.tensor(index)] = 0
+        received, before = self._received(path, rows + noise, reader), self.calls[reader].input
         return same(received[:1], before[:1]) and not same(received, before)
 
     def stream_readers(self) -> set[str]:
@@ -297,11 +291,11 @@ class Surveyor:
     def writes(self, path: str) -> bool:
         """Whether a module's output is added to the residual stream: a shift of it reappears in the block's output."""
         rows = self.calls[path].rows
-        if rows is None or rows.shape[-1] != self.width:
+        if rows is None or rows.shape[-1] != self.width or not (path in self.sites or path in self.norms):
             return False
         direction = self.random(self.width)
         _, output = self.trace.replay(change={path: rows + direction})
-        return proportional(output - self.trace.output.reshape(output.shape), direction)
+        return proportional(output - as_rows(self.trace.output), direction)
 
 
 def survey(trace: Trace, heads: tuple[int, int]) -> Survey:
@@ -329,10 +323,7 @@ def survey(trace: Trace, heads: tuple[int, int]) -> Survey:
         else:
             found.note(tap[0], link)
     found.reads = [norm for path, norm in ask.norms.items() if path in stream]
-    found.writes = [
-        path for path in trace.calls if (path in ask.sites or path in ask.norms) and ask.stands_for_all(path)
-    ]
-    found.writes = [path for path in found.writes if ask.writes(path)]
+    found.writes = [path for path in trace.calls if ask.stands_for_all(path) and ask.writes(path)]
     values = [link for link in found.links if link.kind == "value"]
     found.scores = list(dict.fromkeys(path for link in values for path in ask.scores(link)))
     steering = {ask.place(path) for link in values for path in ask.score_norms(link)}

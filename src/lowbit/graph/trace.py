@@ -1,9 +1,9 @@
-"""What every module of a block read and wrote in one forward pass, and replays of the block in which all but one is frozen.
+"""What every module of a block read and wrote in one forward pass, and replays of the block with all but one frozen.
 
-"The same tensor" is decided by values, not by object identity: with random float64 data equal rows are the same rows, and
-so views, casts, dropout and a router's gather of tokens are seen through without knowing of them. A replay runs the
-block's own code with the output of every module that holds parameters nailed to its recorded value; changing one of them,
-or the block's input, then shows what reaches whom directly, with nothing learned or nonlinear in between but the glue.
+"The same tensor" is decided by values, not by object identity: with random float64 data equal rows are the same rows,
+and so views, casts, dropout and a router's gather of tokens are seen through without knowing of them. A replay runs the
+block's own code with the output of every module that holds parameters nailed to its recorded value; changing one of
+them, or the block's input, then shows what reaches whom directly, through nothing learned.
 
 Shape letters: N rows (tokens, or the tokens routed to an expert), O output features, I input features, D model width.
 """
@@ -146,7 +146,7 @@ class Trace:
     @property
     def hidden(self) -> Tensor:
         """The residual stream as the block receives it: its first floating argument, [B, T, D]."""
-        return next(value for value in (*self.args, *self.kwargs.values()) if _floating(value))
+        return cast(Tensor, next(value for value in (*self.args, *self.kwargs.values()) if _floating(value)))
 
     def _arguments(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         old = self.hidden
@@ -181,7 +181,7 @@ def _first_output(output: Any) -> Tensor:
 
 
 def trace_model(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> tuple[list[Trace], dict[str, Call]]:
-    """Runs the model on token ids [B, T]; returns one trace per block, and the calls of the modules outside the blocks."""
+    """Runs the model on token ids [B, T]; returns a trace of every block, and the calls of the modules outside."""
     traces = [Trace(block) for block in blocks]
     inside = {id(module) for block in blocks for module in block.modules()}
     outer = Trace(model)

@@ -66,7 +66,10 @@ class Writer:
                         yield Tap(tuple(self.site(self.names(name)[index]) for name in group))
 
     def edges(self) -> Iterator[tuple[Link, Edge]]:
-        """Every edge and the link that it comes from. Raises ValueError where the layouts that fit the probe alike differ in the real dimensions."""
+        """Every edge and the link that it comes from.
+
+        Raises ValueError where layouts that fit the probe alike differ in the real dimensions.
+        """
         for link in self.survey.links:
             if isinstance(link.source, Norm):
                 readers = tuple(self.site(real) for name in link.readers for real in self.names(name))

@@ -28,12 +28,12 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
-    """A linear around existing tensors. `nn.Linear(...)` would first draw random weights: seconds for 30 000 of them."""
+    """A linear around existing tensors. `nn.Linear(...)` would draw random weights first, seconds for 30 000 of them."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight, requires_grad=trainable)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
+    for name, value in (("weight", weight), ("bias", bias)):
+        linear.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=trainable))
     return linear
 
 

@@ -214,7 +214,7 @@ UnitError = Callable[[Tensor, slice], Tensor]
 """(difference in units view [R/r, r, C/c, c], the rows of x it belongs to) -> error of every unit [R/r, C/c]."""
 
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}
-"""Elements searched at once: on a CPU a candidate's temporaries stay in cache, on a GPU kernels are long enough to pay."""
+"""Elements searched at once: a candidate's temporaries stay in a CPU's cache, a GPU's kernels are worth their start."""
 
 
 def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitError) -> Grid:
@@ -225,7 +225,7 @@ def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitErro
     """
     ratios = tuple(ratios)
     rows, columns = x.shape
-    step = max(1, _CHUNK.get(x.device.type, 1 << 19) // columns) if spec.block[0] == 1 else rows
+    step = max(1, _CHUNK["cuda" if x.is_cuda else "cpu"] // columns) if spec.block[0] == 1 else rows
     parts = [
         _search_rows(x[a : a + step].float(), spec, ratios, error, slice(a, a + step)) for a in range(0, rows, step)
     ]

@@ -1,4 +1,4 @@
-"""Load any model to run it: lowbit's own directories through the reference layers, everything else through transformers.
+"""Load any model to run it: lowbit's own directories through the reference layers, all others through transformers.
 
 A lowbit directory is filled by the same `install` that a sweep propagates through, so what is loaded computes what was
 measured while quantizing.
@@ -78,7 +78,7 @@ def plain_config(path: Path, *, trust_remote_code: bool = False) -> PreTrainedCo
 def _load_transformers(
     path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool
 ) -> PreTrainedModel:
-    """Any other model that transformers loads, quantized or not; headers are checked first, for errors in one sentence."""
+    """Any other model that transformers loads, quantized or not; headers are checked first, for a clear error."""
     from transformers import AutoModelForCausalLM
 
     scan(path)

@@ -231,6 +231,9 @@ def _run_client(job: Path) -> None:
     model, loaded = AutoModelForCausalLM.from_pretrained(
         asked["export"], dtype=torch.float32, trust_remote_code=asked["trust"], output_loading_info=True
     )
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):  # a mixture's experts stay in their scales' dtype
+            parameter.data = parameter.data.float()
     problems = [
         f"{name} is {kind.removesuffix('_keys')}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

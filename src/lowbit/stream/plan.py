@@ -88,7 +88,6 @@ def make_plan(
         raise ValueError("the recipe quantizes nothing: every linear is kept in 16 bits")
     for name, site, weights, inputs in quantized:
         _check_site(name, site, weights, inputs, refuse)
-    width = max(site.shape[1] for site in anatomy.blocks[0].sites)
     prefixes = [f"{anatomy.layers}.{index}." for index in range(len(anatomy.blocks))]
     block_bytes = max(checkpoint.nbytes(checkpoint.names(prefix)) for prefix in prefixes)
     hidden = _hidden_width(anatomy)

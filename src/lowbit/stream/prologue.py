@@ -1,7 +1,7 @@
 """The model in front of its blocks: token ids to the first hidden states, and the arguments every block is called with.
 
 Every decoder block is swapped for an echo that records its arguments, and the model's own forward runs once for every
-micro-batch: so masks, rotary angles and whatever else a family hands to its layers (per layer type, in some) are its own.
+micro-batch: masks, rotary angles and whatever else a family hands to its layers (per layer type, in some) are its own.
 Of the embedding only the rows of the tokens in use are read; it may be larger than a block.
 """
 

@@ -1,4 +1,4 @@
-"""What discovery cannot find out from a running model, as data. Every entry is a fact that a small probe would not show."""
+"""What discovery cannot find out from a running model, as data: facts that a small probe would not show."""
 
 SHARED_STATE = {
     "num_kv_shared_layers": "lets later blocks reuse the keys and values of earlier ones",
