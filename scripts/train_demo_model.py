@@ -44,7 +44,7 @@ from transformers import (
 
 from lowbit.data.evaluation import load_windows
 from lowbit.data.text import SEPARATOR, split_documents
-from lowbit.evaluate.text import perplexity
+from lowbit.evaluation.text import perplexity
 
 BOS = 0
 VOCABULARY = 4096

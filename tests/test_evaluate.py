@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lowbit.data.evaluation import load_windows
 from lowbit.data.text import windows as cut
-from lowbit.evaluate import text
-from lowbit.evaluate.divergence import divergence_over
-from lowbit.evaluate.report import EvaluationReport
-from lowbit.evaluate.size import bits_per_parameter, bits_per_weight, size_on_disk
-from lowbit.evaluate.tasks import read_results, run_tasks
-from lowbit.evaluate.text import batch_size, divergence, evaluate_text, perplexity
+from lowbit.evaluation import text
+from lowbit.evaluation.divergence import divergence_over
+from lowbit.evaluation.report import EvaluationReport
+from lowbit.evaluation.size import bits_per_parameter, bits_per_weight, size_on_disk
+from lowbit.evaluation.tasks import read_results, run_tasks
+from lowbit.evaluation.text import batch_size, divergence, evaluate_text, perplexity
 
 VOCABULARY = 37
 

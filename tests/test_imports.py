@@ -19,6 +19,8 @@ import lowbit
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "lowbit"
 
 EVERYTHING = "everything"
+FORMAT_CORE = ("base", "files", "native", "source")
+"""What is not the format of other software."""
 TABLE: dict[str, set[str]] = {
     "numerics": set(),
     "data": set(),
@@ -26,7 +28,7 @@ TABLE: dict[str, set[str]] = {
     "graph": {"numerics", "modules"},
     "methods": {"numerics", "modules", "graph.anatomy"},
     "formats": {"numerics"},
-    "stream": {"numerics", "modules", "graph", "methods.base", "formats.native", "formats.base", "formats.files"},
+    "stream": {"numerics", "modules", "graph", "methods.base", *(f"formats.{name}" for name in FORMAT_CORE)},
     "recipes": {"methods", "numerics"},
     "runtime": {"numerics", "modules", "graph", "formats"},
     "evaluation": {"numerics", "modules", "graph", "formats", "runtime", "data"},

@@ -72,19 +72,20 @@ def test_registered_methods_fill_their_slot(slot: type, kinds: dict[str, Any]) -
 NAMES: dict[str, Recipe] = {
     # the design's examples that this version supports
     "rtn-w4a16-g128": Recipe(Scheme(weights(4, 128)), RTN(), MinMaxClip()),
-    "gptq-w3a16-g128-asym": Recipe(Scheme(weights(3, 128, "asymmetric")), GPTQ(), MinMaxClip()),
-    "awq+gptq-w4a16-g64": Recipe(Scheme(weights(4, 64)), GPTQ(), MinMaxClip(), (AWQ(),)),
+    "gptq-w3a16-g128-asym": Recipe(Scheme(weights(3, 128, "asymmetric")), GPTQ(), AWQClip()),
+    "awq+gptq-w4a16-g64": Recipe(Scheme(weights(4, 64)), GPTQ(), AWQClip(), (AWQ(),)),
     "smoothquant-w8a8": Recipe(Scheme(weights(8, scale="float32"), A8), RTN(), MinMaxClip(), (SmoothQuant(),)),
-    "gptq-wfp4afp8-g128": Recipe(Scheme(Spec(FP4, (1, 128), "half"), AFP8), GPTQ(), MinMaxClip()),
+    "gptq-wfp4afp8-g128": Recipe(Scheme(Spec(FP4, (1, 128), "half"), AFP8), GPTQ(), AWQClip()),
     "smoothquant-fp8": Recipe(Scheme(Spec(FP8, (1, -1), "float32"), AFP8), RTN(), MinMaxClip(), (SmoothQuant(),)),
     # methods
     "awq-w4a16-g128-asym": Recipe(Scheme(weights(4, 128, "asymmetric")), RTN(), AWQClip(), (AWQ(),)),
     "awq+rtn-w4a16": Recipe(Scheme(weights(4)), RTN(), AWQClip(), (AWQ(),)),
     "awq+minmax-w4a16": Recipe(Scheme(weights(4)), RTN(), MinMaxClip(), (AWQ(),)),
     "awq+awqclip+gptq-w4": Recipe(Scheme(weights(4)), GPTQ(), AWQClip(), (AWQ(),)),
+    "minmax+gptq-w4": Recipe(Scheme(weights(4)), GPTQ(), MinMaxClip()),
     "mse-w4a16": Recipe(Scheme(weights(4)), RTN(), MSEClip()),
     "mse+gptq-w2a16-g64": Recipe(Scheme(weights(2, 64)), GPTQ(), MSEClip()),
-    "smoothquant+gptq-w4a8-g128": Recipe(Scheme(weights(4, 128), A8), GPTQ(), MinMaxClip(), (SmoothQuant(),)),
+    "smoothquant+gptq-w4a8-g128": Recipe(Scheme(weights(4, 128), A8), GPTQ(), AWQClip(), (SmoothQuant(),)),
     "smoothquant+awq-w4": Recipe(Scheme(weights(4)), RTN(), AWQClip(), (SmoothQuant(), AWQ())),
     "awq+smoothquant-w4": Recipe(Scheme(weights(4)), RTN(), AWQClip(), (AWQ(), SmoothQuant())),
     "w4a16-g128": Recipe(Scheme(weights(4, 128)), RTN(), MinMaxClip()),
@@ -341,7 +342,7 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     ),
     (
         {"scheme": {"weights": {"format": "int4", "rule": "asymmetric", "block": [8, 8]}}},
-        "scheme.weights: square blocks are padded with zeros and must be symmetric, drop the asymmetric rule",
+        "scheme.weights: square blocks are padded with zeros and must be symmetric: drop the asymmetric rule",
     ),
     (
         {"scheme": {"activations": {"format": "int8", "per": "channel"}}},

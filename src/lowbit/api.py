@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .evaluate.report import EvaluationReport
+    from .evaluation.report import EvaluationReport
     from .graph.anatomy import Anatomy
     from .methods.base import Recipe
     from .runtime.verify import Verification
@@ -216,10 +216,10 @@ def evaluate(
 
     from .data.evaluation import load_windows
     from .data.text import check_tokenizer, resolve_window
-    from .evaluate.divergence import Divergence
-    from .evaluate.report import EvaluationReport
-    from .evaluate.tasks import run_tasks
-    from .evaluate.text import evaluate_text
+    from .evaluation.divergence import Divergence, divergence_over
+    from .evaluation.report import EvaluationReport
+    from .evaluation.tasks import run_tasks
+    from .evaluation.text import evaluate_text
     from .runtime.load import load, load_tokenizer
 
     texts = list(perplexity) or ([] if tasks else ["demo"])
@@ -237,18 +237,16 @@ def evaluate(
         else load(against, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
     )
     report = EvaluationReport()
-    found: list[tuple[int, Divergence]] = []
+    found: list[tuple[Divergence, int]] = []
     for text, batch in windows.items():
         scores = evaluate_text(
             loaded, batch, original, progress=lambda done, total, text=text: progress(text, done, total)
         )
         report.perplexity[text] = scores.perplexity
         if scores.divergence is not None:
-            found.append((len(batch), scores.divergence))
+            found.append((scores.divergence, len(batch)))
     if found:
-        total = sum(count for count, _ in found)
-        mean = {key: sum(n * getattr(d, key) for n, d in found) / total for key in ("kl", "top1", "cosine")}
-        report.against = Divergence(**mean)
+        report.against = divergence_over(found)
     if tasks:
         report.tasks = run_tasks(loaded, tokenizer, tasks, limit)
     _count_bits(report, model, trust_remote_code)
@@ -292,7 +290,7 @@ def export(
 
     `verify` names a client (transformers) that reloads the result; its numbers are compared with lowbit's.
     """
-    from .evaluate.size import size_on_disk
+    from .evaluation.size import size_on_disk
     from .formats.base import find
     from .graph import build_skeleton
     from .runtime.load import is_native, plain_config
@@ -378,7 +376,7 @@ def generate(
 
 
 def _count_bits(report: EvaluationReport, model: str | Path, trust_remote_code: bool) -> None:
-    from .evaluate.size import size_on_disk
+    from .evaluation.size import size_on_disk
     from .formats.native import sizes
     from .formats.source import locate
     from .runtime.load import is_native

@@ -68,22 +68,17 @@ def load_calibration(source: str, tokenizer: Tokenizer, samples: int, length: in
 
 
 def text_windows(documents: Sequence[str], tokenizer: Tokenizer, samples: int, length: int, seed: int) -> list[Tensor]:
-    """Windows at random places of a text file's token stream, each with BOS in front.
+    """Windows at random places of a text file's token stream.
 
     The documents, each behind its BOS, form one stream of n tokens. A sample starts at ``randint(0, n - L)`` of
-    ``random.Random(seed)``, takes L tokens, and has the first of them replaced by BOS (when the tokenizer has one): so
-    every row starts as a served prompt does, short documents count as much as their length, and a window that runs
+    ``random.Random(seed)`` and takes L tokens: short documents count as much as their length, and a window that runs
     over the end of a document meets the next one's BOS, as evaluation windows do. Windows may overlap.
     """
     tokens = tokenize_documents(documents, tokenizer)
     require_tokens(tokens.numel(), length, "calibration text", "--length")
     generator = random.Random(seed)
     starts = [generator.randint(0, tokens.numel() - length) for _ in range(samples)]
-    rows = [tokens[start : start + length].clone() for start in starts]
-    if tokenizer.bos_token_id is not None:
-        for row in rows:
-            row[0] = tokenizer.bos_token_id
-    return rows
+    return [tokens[start : start + length].clone() for start in starts]
 
 
 def shuffled(rows: Iterable[Tensor], seed: int) -> list[Tensor]:

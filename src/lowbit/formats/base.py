@@ -65,8 +65,8 @@ def find(name: str) -> Format:
     """The format of this name. Raises ValueError, with the nearest name, where there is none."""
     if name not in _MODULES:
         near = get_close_matches(name, _MODULES, 1, 0.4)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown format {name!r}{hint} lowbit exports: {', '.join(_MODULES)}")
+        hint = f"did you mean {near[0]}?" if near else f"lowbit exports {', '.join(_MODULES)}"
+        raise ValueError(f"unknown format {name!r}: {hint}")
     return cast(Format, import_module(f".{_MODULES[name]}", __package__))
 
 
@@ -102,7 +102,7 @@ def shards(source: Path) -> list[Path]:
 
 
 def read(shard: Path, names: Names) -> tuple[dict[str, tuple[str, QLayer]], dict[str, Tensor]]:
-    """(client's module name -> (model's module name, layer), client's name -> tensor) of one file of a run directory."""
+    """(client's name of a linear -> (model's name, layer), client's name -> tensor) of one file of a run directory."""
     stored, rest = native.unpack(shard_header(shard).metadata, read_shard(shard))
     layers = {
         name: (path, rows(layer, part)) for path, layer in stored.items() for name, part in module_names(path, names)

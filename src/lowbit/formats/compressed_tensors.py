@@ -1,9 +1,9 @@
-"""compressed-tensors: what vLLM and transformers read. Everything is spelled from stored codes; nothing is rounded here.
+"""compressed-tensors: what vLLM and transformers read. All of it is spelled from stored codes; nothing is rounded here.
 
 A scheme (a plain dictionary, as it stands in config.json) says what a layer's tensors mean, so that `pack` and `unpack`
 need nothing else and work on the meta device. Layouts and fields follow compressed-tensors 0.20:
 
-    pack-quantized   integer codes + 2^(b-1) as one little-endian bit stream per row, in int32 words; zero-points
+    pack-quantized   integer codes + 2^(b-1), as one little-endian bit stream per row in int32 words; zero-points
                      likewise, but packed down the rows
     int-quantized    8-bit integer codes as int8, where inputs are int8 as well
     float-quantized  E4M3 codes as float8; naive-quantized is the same without quantized inputs
@@ -61,65 +61,65 @@ def refuse(weights: Spec, activation: Spec | None, *, transposed: bool = False, 
 
 
 def _refuse_weights(spec: Spec, activation: Spec | None) -> str | None:
-    number, integer = spec.number, isinstance(spec.number, Int)
+    number = spec.number
     if isinstance(number, Float) and number != E4M3:
         return f"compressed-tensors export carries E4M3 float weights, not {number}: use fp8"
     if isinstance(number, Int) and number.rule == "asymmetric-deepspeed":
-        return "the asymmetric-deepspeed rule does not bound zero-points, and compressed-tensors packs them like codes: use asymmetric"
+        return "compressed-tensors cannot hold the unbounded zero-points of asymmetric-deepspeed: use asymmetric"
     if spec.block[0] != 1 and spec.block != (-1, -1):
-        return f"compressed-tensors export carries one scale per tensor, row or group of a row, not {spec}: use one of these"
-    packed = integer and (activation is None or spec.bits < 8)
-    if packed and spec.block == (-1, -1):
-        return "compressed-tensors packs integers with a scale per row or group: use those, or 8 bits with 8-bit activations"
+        return (
+            f"compressed-tensors export has one scale per tensor, row or group of a row, not {spec}: use one of these"
+        )
+    if spec.block == (-1, -1) and _format_name(spec, activation) == "pack-quantized":
+        return "compressed-tensors clients read packed integers with a scale per row or group only: use one of these"
     return None
 
 
 def _refuse_activation(weights: Spec, spec: Spec | None) -> str | None:
     if spec is None:
         return None
-    if spec.bits != 8 or (isinstance(spec.number, Float) and spec.number != E4M3):
-        return f"compressed-tensors clients read int8 and E4M3 activations, not {spec.number}: use a8, afp8 or 16 bits"
-    if isinstance(spec.number, Int) != isinstance(weights.number, Int):
-        return f"no compressed-tensors client multiplies {weights.number} weights by {spec.number} activations: use one kind"
+    number = spec.number
+    if isinstance(number, Int) != isinstance(weights.number, Int):
+        return f"no compressed-tensors client multiplies {weights.number} by {number}: use one kind for both"
+    if spec.bits != 8 or (isinstance(number, Float) and number != E4M3):
+        return f"compressed-tensors clients read int8 and E4M3 activations, not {number}: use 8 or 16 bits"
     if spec.block != ((1, -1) if spec.dynamic else (-1, -1)):
         return (
             f"compressed-tensors activations are dynamic per token or static per tensor, not {spec}: use one of these"
         )
-    if isinstance(spec.number, Int) and not spec.number.signed:
-        return "compressed-tensors clients add an activation's zero-point before they round, lowbit after: use a symmetric rule"
-    if spec.dynamic and isinstance(spec.number, Int) and spec.number.rule != "symmetric":
-        return f"compressed-tensors clients find dynamic scales by the symmetric rule, not {spec.number.rule}: use symmetric"
+    if isinstance(number, Int) and not number.signed:
+        return "compressed-tensors clients add an activation's zero-point before rounding, lowbit after: use symmetric"
+    if isinstance(number, Int) and spec.dynamic and number.rule != "symmetric":
+        return f"compressed-tensors clients find ranges by the symmetric rule, not {number.rule}: use symmetric"
     if spec.dynamic and spec.scale != "float32":
-        return f"compressed-tensors clients keep dynamic scales in float32, not {spec.scale}: use float32"
+        return f"compressed-tensors clients do not round dynamic scales to {spec.scale}: use float32"
     return None
 
 
 def notices(weights: Spec, activation: Spec | None) -> tuple[str, ...]:
-    """What a user should know of clients that cannot read, or read differently, what the format carries."""
+    """What a user should know of clients that read such a layer differently, or not at all (vLLM 0.32)."""
     number, found = weights.number, []
-    if isinstance(number, Int) and not number.symmetric and activation is None:
-        found.append("transformers cannot read asymmetric packed weights with compressed-tensors 0.20; vLLM 0.32 can")
-    if isinstance(number, Int) and activation is None and weights.bits == 1:
-        found.append("vLLM 0.32 reads packed weights of 2 to 8 bits, not 1")
-    elif isinstance(number, Int) and activation is None and weights.bits not in (4, 8):
-        found.append(
-            f"vLLM 0.32 has kernels for {weights.bits}-bit weights on some GPUs only; 4 and 8 bits run everywhere"
-        )
-    if isinstance(number, Int) and activation is not None and (weights.bits < 8 and not activation.dynamic):
-        found.append(
-            f"vLLM 0.32 has no kernel for {weights.bits}-bit weights with static activations; transformers reads them"
-        )
-    if isinstance(number, Int) and activation is not None and not number.symmetric:
-        found.append("vLLM 0.32 has no kernel for asymmetric weights with 8-bit activations; transformers reads them")
-    if weights.group != -1 and (isinstance(number, Float) or (activation is not None and weights.bits == 8)):
-        found.append("vLLM 0.32 has no kernel for grouped 8-bit weights of this kind; transformers reads them")
+    if _format_name(weights, activation) == "pack-quantized":
+        if not _symmetric(number):
+            found.append("transformers 5.23 cannot read asymmetric packed weights; 5.22 and vLLM can")
+        if weights.bits == 1:
+            found.append("vLLM reads packed weights of 2 to 8 bits, not 1; transformers reads them")
+        elif activation is not None and not activation.dynamic:
+            found.append(f"vLLM has no kernel for {weights.bits}-bit weights with static inputs, transformers does")
+        elif activation is not None or weights.bits != 4:
+            kind = "" if activation is None else " with 8-bit inputs"
+            found.append(f"vLLM runs packed {weights.bits}-bit weights{kind} on GPUs only; transformers reads them")
+        if weights.scale != "half":
+            found.append(f"clients round the {weights.scale} scales of packed weights to their own dtype: use half")
+    elif weights.group != -1 or not _symmetric(number):
+        found.append("vLLM has no kernel for 8-bit weights like these, grouped or asymmetric; transformers reads them")
     if isinstance(number, Int) and activation is not None and activation.dynamic:
         found.append("vLLM's int8 kernel divides a token's range by 127, lowbit and compressed-tensors by 127.5")
-    if isinstance(number, Int) and activation is None and weights.scale != "half":
-        found.append(
-            f"clients round the {weights.scale} scales of packed weights to the model's dtype: half scales are safe"
-        )
     return tuple(found)
+
+
+def _symmetric(number: Number) -> bool:
+    return isinstance(number, Float) or number.symmetric
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
@@ -134,20 +134,22 @@ def scheme_of(layer: QLayer) -> Scheme:
     reason = refuse(spec, layer.activation, ordered=part.order is not None)
     if reason is not None:
         raise ValueError(reason)
-    strategy, group = "group", spec.group
-    if spec.block == (-1, -1):
-        strategy, group = "tensor", None
-    elif group == -1 or group > part.shape[-1]:
-        strategy, group = "channel", None
-    activation = layer.activation
+    inputs = None
+    if layer.activation is not None:
+        inputs = _arguments(layer.activation, "token" if layer.activation.dynamic else "tensor")
     return {
-        "format": _format_name(spec, activation),
-        "weights": _arguments(spec, strategy, group),
-        "input_activations": None
-        if activation is None
-        else _arguments(activation, "token" if activation.dynamic else "tensor"),
+        "format": _format_name(spec, layer.activation),
+        "weights": _arguments(spec, *_strategy(spec, part.shape[-1])),
+        "input_activations": inputs,
         "output_activations": None,
     }
+
+
+def _strategy(spec: Spec, columns: int) -> tuple[str, int | None]:
+    """(strategy, group size) of a weight with that many columns."""
+    if spec.block == (-1, -1):
+        return "tensor", None
+    return ("channel", None) if spec.group == -1 or spec.group > columns else ("group", spec.group)
 
 
 def _format_name(weights: Spec, activation: Spec | None) -> str:
@@ -161,7 +163,7 @@ def _arguments(spec: Spec, strategy: str, group: int | None = None) -> dict[str,
     return {
         "num_bits": spec.bits,
         "type": "int" if isinstance(spec.number, Int) else "float",
-        "symmetric": isinstance(spec.number, Float) or spec.number.symmetric,
+        "symmetric": _symmetric(spec.number),
         "strategy": strategy,
         "group_size": group,
         "dynamic": spec.dynamic,
@@ -182,9 +184,7 @@ def _spec(arguments: Mapping[str, Any], scale: ScaleDtype) -> Spec:
         return per_channel(number, scale=scale)
     if strategy == "group":
         return per_group(number, arguments["group_size"], scale=scale)
-    raise ValueError(
-        f"lowbit cannot read compressed-tensors weights of strategy {strategy!r}: it reads tensor, channel and group"
-    )
+    raise ValueError(f"lowbit does not read compressed-tensors weights of strategy {strategy!r}")
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Collection[str]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Collection[str]) 
     several, each targets its modules by name, a mixture's experts first, which is where transformers looks for them.
     """
     groups: list[tuple[Scheme, list[str]]] = []
-    for name, scheme in sorted(schemes.items(), key=lambda item: ".experts." not in item[0]):
+    for name, scheme in sorted(schemes.items(), key=lambda item: not _in_experts(item[0])):
         for other, members in groups:
             if other == scheme:
                 members.append(name)
@@ -321,13 +321,14 @@ def export_directory(source: Path, target: Path, skeleton: nn.Module, names: Nam
         for index, file in enumerate(files):
             layers, tensors = read(file, names)
             for name, (path, layer) in layers.items():
-                if not isinstance(skeleton.get_submodule(path), nn.Linear):
-                    raise ValueError(f"{path} is a {type(skeleton.get_submodule(path)).__name__}: {NOT_LINEAR}")
+                _check_linear(path, skeleton)
                 tensors.update(pack(name, layer, dtype))
                 quantized.add(path)
                 schemes.update(dict.fromkeys(_labels(name, path), scheme_of(layer)))
-                told.update(dict.fromkeys(notices(layer.weight.parts[0].grid.spec, layer.activation)))
+                told.update(dict.fromkeys(_remarks(name, layer)))
             write_shard(directory / f"model-{index + 1:05d}-of-{len(files):05d}.safetensors", tensors)
+        if not schemes:
+            raise ValueError(f"no linear of {source} is quantized: export needs a run with quantized weights")
         write_index(directory, (file.name for file in directory.glob("*.safetensors")))
         copy_companions(source, directory)
         config = quantization_config(schemes, ignored(skeleton, quantized, names))
@@ -343,11 +344,34 @@ def ignored(skeleton: nn.Module, quantized: Collection[str], names: Names = unch
     found: set[str] = set()
     for path, module in skeleton.named_modules():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and path not in quantized and not isinstance(module, nn.Embedding):
-            found.update(label for name, _ in module_names(path, names) for label in _labels(name, path))
+        if weight is None or weight.dim() != 2 or path in quantized or isinstance(module, nn.Embedding):
+            continue
+        for name, _ in module_names(path, names):
+            found.update(_labels(name, path) if isinstance(module, nn.Linear) else (name,))
     return sorted(found)
 
 
 def _labels(name: str, path: str) -> tuple[str, ...]:
-    """The names by which clients look a module up: as in the checkpoint, and as in transformers' own tree."""
-    return (name,) if name == path or ".experts." in path else (name, path)
+    """The names by which clients look a linear up: as in the checkpoint, and as in transformers' own tree."""
+    return (name,) if name == path or _in_experts(path) else (name, path)
+
+
+def _in_experts(path: str) -> bool:
+    return ".experts." in path
+
+
+def _check_linear(path: str, skeleton: nn.Module) -> None:
+    module = skeleton.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{path} is a {type(module).__name__}, and {NOT_LINEAR}")
+
+
+def _remarks(name: str, layer: QLayer) -> tuple[str, ...]:
+    """The notices of a layer, with those that depend on its shape and place."""
+    spec, found = layer.weight.parts[0].grid.spec, []
+    form = _format_name(spec, layer.activation)
+    if form == "int-quantized" and _in_experts(name):
+        found.append("transformers 5.23 cannot read a mixture's int8 experts; vLLM can")
+    if form == "pack-quantized" and any(size % 32 for size in layer.weight.shape):
+        found.append("vLLM's CPU kernel for packed weights needs rows and columns in multiples of 32, unlike some here")
+    return (*notices(spec, layer.activation), *found)

@@ -1,7 +1,7 @@
 """lowbit's own files: safetensors whose header describes the quantized tensors in them.
 
 A quantized weight called `name` is stored as `name.codes` (rows packed without gaps), `name.scale` (in storage dtype),
-where the rule has zero-points `name.zero` (packed like codes), and where groups follow another column order
+where the rule has zero-points `name.zero` (packed as one stream), and where groups follow another column order
 `name.order`. The header's "lowbit" entry lists the formats in use once and says for every weight which one it has, so
 a shard can be read back alone. `pack` and `unpack` are pure and inverse to each other, on the meta device too.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import bits
-from ..numerics.grid import Grid, unit_shape
+from ..numerics.grid import Grid
 from ..numerics.qtensor import QLayer, QTensor, QWeight
 from ..numerics.spec import Float, Int, Number, Spec
 from .files import shard_header
@@ -126,19 +126,20 @@ def _unbounded(spec: Spec) -> bool:
 
 
 def _pack_zero(zero: Tensor, spec: Spec) -> Tensor:
-    """Zero-points are codes and are packed like them, except under a rule that does not bound them."""
-    return zero.to(torch.int32) if _unbounded(spec) else bits.pack(zero.to(torch.uint8), spec.bits)
+    """Zero-points are codes, packed as one stream (rows of a few would be mostly padding), unless nothing bounds them."""
+    return zero.to(torch.int32) if _unbounded(spec) else bits.pack(zero.to(torch.uint8).flatten(), spec.bits)
 
 
 def _unpack_part(prefix: str, spec: Spec, shape: torch.Size, rest: dict[str, Tensor]) -> QTensor:
     signed = isinstance(spec.number, Int) and spec.number.signed
     codes = bits.unpack(rest.pop(f"{prefix}.codes"), spec.bits, shape[-1], signed=signed)
+    scale = rest.pop(f"{prefix}.scale").float()
     zero = rest.pop(f"{prefix}.zero", None)
     if zero is not None:
-        groups = -(-shape[-1] // unit_shape(shape, spec.block)[1])
-        zero = zero.float() if _unbounded(spec) else bits.unpack(zero, spec.bits, groups, signed=False).float()
+        flat = zero if _unbounded(spec) else bits.unpack(zero, spec.bits, scale.numel(), signed=False)
+        zero = flat.float().reshape(scale.shape)
     order = rest.pop(f"{prefix}.order", None)
-    grid = Grid(spec, rest.pop(f"{prefix}.scale").float(), zero)
+    grid = Grid(spec, scale, zero)
     return QTensor(codes, grid, None if order is None else order.long())
 
 

@@ -51,10 +51,11 @@ def _block(block: BlockAnatomy) -> Iterator[str]:
     for edge in block.edges:
         if not isinstance(edge.source, Rows) or edge.source.site.expert in (None, 0):
             yield f"  {_edge(edge)}"
-    if block.refused:
-        yield "refused"
-        yield from (f"  {place}: {reason}" for place, reason in block.refused)
     experts = {site.name: site for site in block.sites if site.expert is not None}
+    refused = {_name(experts[place]) if place in experts else place: reason for place, reason in block.refused[::-1]}
+    if refused:
+        yield "refused"
+        yield from (f"  {place}: {reason}" for place, reason in list(refused.items())[::-1])
     writes = dict.fromkeys(_name(experts[name]) if name in experts else name for name in block.writes)
     yield f"residual stream read by {', '.join(norm.name for norm in block.reads) or 'linears'}"
     yield f"residual stream written by {', '.join(writes)}"

@@ -9,7 +9,6 @@ Shape letters: N rows (tokens), O output features, I input features, S source ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -214,7 +213,8 @@ class Surveyor:
             fitting = frozenset(name for name, layout in layouts.items() if self._fits(source, reader, layout))
             if fitting:
                 return Link(kind, source, tuple(tap), layouts=fitting, inspect=common_module(tap))
-            obstacle = f"what lies between {source} and it does not commute with a scale"
+            expert = split_expert(source, self.experts)
+            obstacle = f"what lies between {expert[2] if expert else source} and it does not commute with a scale"
         return obstacle
 
     def _same_expert(self, left: str, right: str) -> bool:
@@ -252,25 +252,25 @@ class Surveyor:
         expected = self.calls[reader].input / (scale if channels is None else scale[torch.tensor(channels)])
         return _close(self._received(source, rows, reader), expected)
 
-    def scores(self, value: Link) -> Iterator[str]:
-        """Sites that steer one attention: straight into its scores, or through a query-key norm."""
-        reader, norms = value.readers[0], self.score_norms(value)
+    def steering(self, value: Link) -> tuple[list[str], list[str]]:
+        """What steers an attention: its query-key norms, and the sites that reach its scores, straight or by a norm."""
         order = list(self.calls)
-        for path in filter(self.stands_for_all, self.sites):
-            if order.index(path) >= order.index(reader):
-                continue
-            rows = cast(Tensor, self.calls[path].rows)
-            received, _ = self.trace.replay(change={path: rows + self.random(*rows.shape)})
-            steers = any(not same(received[norm], self.calls[norm].input) for norm in norms)
-            if steers or self._makes_scores(path, value):
-                yield path
+        earlier = order[: order.index(value.readers[0])]
+        norms = [path for path in earlier if path in self.norms and self._makes_scores(path, value)]
+        sites = [path for path in earlier if path in self.sites and self.stands_for_all(path)]
+        return norms, [path for path in sites if self._feeds(path, norms) or self._makes_scores(path, value)]
 
-    def score_norms(self, value: Link) -> list[str]:
-        """Query-key norms of one attention."""
-        return [path for path in self.norms if self._makes_scores(path, value)]
+    def _feeds(self, path: str, norms: list[str]) -> bool:
+        rows = cast(Tensor, self.calls[path].rows)
+        received, _ = self.trace.replay(change={path: rows + self.random(*rows.shape)})
+        return any(not same(received[norm], self.calls[norm].input) for norm in norms)
 
     def _makes_scores(self, path: str, value: Link) -> bool:
-        """Whether an output, other than V's rows in it, moves the attention output, though never the first token's."""
+        """Whether an output, other than V's rows in it, moves the attention output by its weights alone.
+
+        The first token attends to nothing but itself (and perhaps to a sink), so its weights can only stretch each
+        head's V; anything else that moves the attention output, like a gate, also changes the direction.
+        """
         reader, rows = value.readers[0], cast(Tensor, self.calls[path].rows)
         noise = self.random(*rows.shape)
         if path == value.source:
@@ -279,7 +279,8 @@ class Surveyor:
                 return False
             noise[:, torch.tensor(index)] = 0
         received, before = self._received(path, rows + noise, reader), self.calls[reader].input
-        return same(received[:1], before[:1]) and not same(received, before)
+        stretched = zip(received[0].chunk(self.heads[0]), before[0].chunk(self.heads[0]), strict=True)
+        return not same(received, before) and all(proportional(new[None], old) for new, old in stretched)
 
     def stream_readers(self) -> set[str]:
         """Modules that read the residual stream: moved by a shift of the block's input, all else being frozen."""
@@ -324,8 +325,9 @@ def survey(trace: Trace, heads: tuple[int, int]) -> Survey:
             found.note(tap[0], link)
     found.reads = [norm for path, norm in ask.norms.items() if path in stream]
     found.writes = [path for path in trace.calls if ask.stands_for_all(path) and ask.writes(path)]
-    values = [link for link in found.links if link.kind == "value"]
-    found.scores = list(dict.fromkeys(path for link in values for path in ask.scores(link)))
-    steering = {ask.place(path) for link in values for path in ask.score_norms(link)}
-    found.refused = [(p, QUERY_KEY_NORM if r == INNER_NORM and p in steering else r) for p, r in found.refused]
+    for link in [link for link in found.links if link.kind == "value"]:
+        norms, sites = ask.steering(link)
+        found.scores += [path for path in sites if path not in found.scores]
+        places = {ask.place(path) for path in norms}
+        found.refused = [(p, QUERY_KEY_NORM if p in places and r == INNER_NORM else r) for p, r in found.refused]
     return found

@@ -104,7 +104,7 @@ def write(survey: Survey, block: nn.Module, heads: tuple[int, int]) -> BlockAnat
     return BlockAnatomy(
         taps=tuple(writer.taps()),
         edges=tuple(edge for _, edge in writer.edges()),
-        refused=tuple(survey.refused),
+        refused=tuple((name, reason) for place, reason in survey.refused for name in writer.names(place)),
         reads=tuple(survey.reads),
         writes=tuple(real),
         scores=tuple(survey.scores),

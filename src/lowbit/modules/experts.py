@@ -28,7 +28,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
-    """A linear around existing tensors. `nn.Linear(...)` would draw random weights first, seconds for 30 000 of them."""
+    """A linear around existing tensors. `nn.Linear(...)` draws random weights: seconds for 30 000 of them."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
     linear.out_features, linear.in_features = weight.shape

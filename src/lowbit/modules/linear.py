@@ -39,13 +39,14 @@ class QLinear(nn.Module):
         super().__init__()
         self.layer = layer
         self.out_features, self.in_features = layer.weight.shape
-        self.register_buffer("weight", layer.weight.dequantize(dtype).to(device), persistent=False)
+        self.input_grid = None if layer.input_grid is None else layer.input_grid.to(device)
+        self.register_buffer("weight", layer.weight.to(device).dequantize(dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., I] to outputs [..., O]."""
         if self.layer.activation is not None:
-            x = quantize_activation(x, self.layer.activation, self.layer.input_grid)
+            x = quantize_activation(x, self.layer.activation, self.input_grid)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

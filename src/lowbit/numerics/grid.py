@@ -141,6 +141,10 @@ class Grid:
     def _spread(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x[..., :, None, :, None]
 
+    def to(self, device: torch.device | str) -> Grid:
+        """The same on another device."""
+        return Grid(self.spec, self.scale.to(device), None if self.zero is None else self.zero.to(device))
+
     def levels(self, x: Tensor) -> Tensor:
         """Round values [..., R, C] to levels of the same shape."""
         units = to_units(x.float(), self.spec.block)

@@ -60,9 +60,8 @@ class QTensor:
         return QTensor(self.codes[start:stop], grid, self.order)
 
     def to(self, device: torch.device | str) -> QTensor:
-        grid = self.grid
-        moved = replace(grid, scale=grid.scale.to(device), zero=None if grid.zero is None else grid.zero.to(device))
-        return QTensor(self.codes.to(device), moved, None if self.order is None else self.order.to(device))
+        """The same on another device."""
+        return QTensor(self.codes.to(device), self.grid.to(device), None if self.order is None else self.order.to(device))
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,10 @@ class QWeight:
     @property
     def shape(self) -> torch.Size:
         return self.parts[0].shape
+
+    def to(self, device: torch.device | str) -> QWeight:
+        """The same on another device."""
+        return QWeight(tuple(part.to(device) for part in self.parts))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values [O, I]: the sum in fp32, rounded to `dtype` last."""

@@ -11,9 +11,13 @@ from ..numerics.spec import Float, Number, ScaleDtype
 
 
 def default_clip(transforms: Sequence[Transform], round: Round) -> Clip:
-    """AWQ is its paper's scale search and clip search, unless its codes are then chosen by another method than RTN."""
-    alone = isinstance(round, RTN) and any(isinstance(transform, AWQ) for transform in transforms)
-    return AWQClip() if alone else MinMaxClip()
+    """Ranges are searched for least output error wherever statistics of the inputs are at hand, and full otherwise.
+
+    AWQ is its paper's scale search and clip search. GPTQ's paper takes the full range (`minmax+gptq`), and its code
+    offers an MSE search (`mse+gptq`); the search by output error is better than both, so it is what `gptq` means.
+    """
+    searched = not isinstance(round, RTN) or any(isinstance(transform, AWQ) for transform in transforms)
+    return AWQClip() if searched else MinMaxClip()
 
 
 def default_scale(number: Number, quantized_inputs: bool) -> ScaleDtype:

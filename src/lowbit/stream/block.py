@@ -280,7 +280,8 @@ class _BlockWork:
             if site.name in layers:
                 weight = self.weight(site)
                 for index, chosen in enumerate((plain, layers)):
-                    sums[index] += float((chosen[site.name].weight.dequantize() - weight.cpu()).square().sum())
+                    rounded = chosen[site.name].weight.to(weight.device).dequantize()
+                    sums[index] += float((rounded - weight).square().sum())
                 sums[2] += float(weight.square().sum())
         return sums[0] / sums[2], sums[1] / sums[2]
 

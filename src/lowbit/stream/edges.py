@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class BlockEdge:
             merged.merge(stats.minmax)
         return merged.amax
 
+    @cached_property
+    def _hessian(self) -> Tensor:
+        return self.stats[0].hessian()
+
     def _distinct(self) -> list[Stats]:
         return list({id(stats): stats for stats in self.stats}.values())
 
@@ -89,7 +94,7 @@ class BlockEdge:
         if inspects_reader(self.edge) and self.activations[0] is None:
             difference = weights[0] - self.weights[0]
             tokens = max(1, self.stats[0].tokens)
-            return float(((difference @ self.stats[0].hessian()) * difference).sum() / (tokens * len(difference)))
+            return float(((difference @ self._hessian) * difference).sum() / (tokens * len(difference)))
         return self._replayed_error(weights, scale)
 
     def _replayed_error(self, weights: Sequence[Tensor], scale: Tensor) -> float:

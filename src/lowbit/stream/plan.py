@@ -114,7 +114,7 @@ def stored_bytes(shape: tuple[int, int], spec: Spec) -> int:
     rule = getattr(spec.number, "rule", "symmetric")
     zero = 0
     if rule.startswith("asymmetric") or rule == "symmetric-unsigned":
-        zero = rows * (4 * columns if rule == "asymmetric-deepspeed" else packed_length(columns, spec.bits))
+        zero = 4 * rows * columns if rule == "asymmetric-deepspeed" else packed_length(rows * columns, spec.bits)
     return shape[0] * packed_length(shape[1], spec.bits) + rows * columns * scale + zero
 
 
