@@ -41,9 +41,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         model = make_model(Path(scratch) / "model", arguments.tokenizer)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-        print(
-            f"model on disk: {size / 1e9:.2f} GB\n\n| recipe | peak resident | seconds | bits/weight |\n|---|---|---|---|"
-        )
+        print(f"model on disk: {size / 1e9:.2f} GB\n")
+        print("| recipe | peak resident | seconds | bits/weight |\n|---|---|---|---|")
         for recipe, options in (("rtn-w4a16-g128", []), ("gptq-w4a16-g128", ["--samples", "16", "--length", "512"])):
             output, report = f"{scratch}/{recipe}", f"{scratch}/{recipe}.json"
             command = [sys.executable, "-m", "lowbit", "quantize", str(model), "--recipe", recipe, "--output", output]

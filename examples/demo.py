@@ -56,7 +56,7 @@ def main() -> None:
         console.print("exporting awq+gptq-w4a16-g128 to compressed-tensors, reloading it through transformers …")
         result = lowbit.export(Path(scratch) / "awq+gptq-w4a16-g128", exported, verify="transformers")
         console.print("\n".join(result.lines()), highlight=False, soft_wrap=True)
-        console.print(f"\n{lowbit.generate(exported, PROMPT, tokens=40)}", highlight=False)
+        console.print(f"\n{lowbit.generate(exported, PROMPT, tokens=40, temperature=0.7)}", highlight=False)
         if not result.passed:
             raise SystemExit(1)
 

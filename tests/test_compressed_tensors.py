@@ -274,6 +274,7 @@ def test_notices() -> None:
 
     assert [case for case in ("w4", "w4-channel", "fp8", "fp8-static", "w8a8-static", "wfp8a16") if told(case)] == []
     assert "3-bit weights on GPUs only" in told("w3")
+    assert [bits for bits in range(1, 9) if "since 0.18" in told(f"w{bits}")] == [3, 5, 6, 7]
     assert "not 1" in told("w1")
     assert "transformers 5.23 cannot read asymmetric" in told("w4-asym")
     assert "by 127.5" in told("w8a8")
@@ -443,7 +444,7 @@ def test_overrides_ignored_linears_and_a_tied_head(tmp_path: Path) -> None:
     }
     run = make_run(tmp_path / "run", llama(tie_word_embeddings=True), formats)
     told = ct.export_directory(run.path, tmp_path / "out", run.skeleton)
-    assert len(told) == 2  # 3 bits on GPUs, 127 against 127.5
+    assert len(told) == 3  # 3 bits: on GPUs, and since 0.18; 127 against 127.5
     written = json.loads((tmp_path / "out" / "config.json").read_text("utf8"))
     config = written["quantization_config"]
     assert config["ignore"] == ["lm_head", "model.layers.0.self_attn.k_proj"]

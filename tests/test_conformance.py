@@ -13,7 +13,6 @@ import pytest
 import torch
 from families import TINY, build, tokens
 from tiny import save_model, save_text, tokenizer
-
 from transformers.pytorch_utils import Conv1D
 
 import lowbit

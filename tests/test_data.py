@@ -155,13 +155,13 @@ def test_added_tokens_without_embedding_are_tolerated(make_tokenizer: Callable[.
 # --- calibration from text
 
 
-def test_text_windows_are_the_stream_with_bos_in_front(tokenizer: Any, documents: list[str]) -> None:
+def test_text_windows_are_pieces_of_the_stream(tokenizer: Any, documents: list[str]) -> None:
     stream = list(itertools.chain.from_iterable(ids_of(document) for document in documents))
     draw = random.Random(3)
     expected = []
     for _ in range(20):
         start = draw.randint(0, len(stream) - 16)
-        expected.append([BOS, *stream[start + 1 : start + 16]])
+        expected.append(stream[start : start + 16])
     assert as_lists(text_windows(documents, tokenizer, 20, 16, 3)) == expected
 
 
@@ -173,7 +173,7 @@ def test_text_windows_without_bos_are_the_plain_stream(make_tokenizer: Callable[
 
 def test_text_windows_reach_both_ends(tokenizer: Any) -> None:
     rows = as_lists(text_windows(["w1 w2 w3 w4"], tokenizer, 40, 4, 0))
-    assert {tuple(row) for row in rows} == {(BOS, 1, 2, 3), (BOS, 2, 3, 4)}
+    assert {tuple(row) for row in rows} == {(BOS, 1, 2, 3), (1, 2, 3, 4)}
     assert as_lists(text_windows(["w1 w2 w3"], tokenizer, 1, 4, 0)) == [[BOS, 1, 2, 3]]
 
 

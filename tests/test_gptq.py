@@ -357,17 +357,23 @@ def test_a_clip_is_asked_once_for_every_group_fitted_on_the_way() -> None:
     assert [shape for shape, _, _ in clip.calls] == [(ROWS, 32)] * 5
 
 
-@dataclass(frozen=True)
-class Needy(MinMaxClip):
-    needs = frozenset({"gram"})
-
-
 @pytest.mark.parametrize("groups", ["fresh", "stale"])
-def test_a_clip_that_needs_statistics_cannot_follow_moving_groups(groups: Literal["fresh", "stale"]) -> None:
-    method, w, x = GPTQ(groups=groups), torch.randn(ROWS, COLUMNS), inputs()
-    with pytest.raises(ValueError, match=r"set gptq\.groups to static"):
-        quantize(method, w, per_group(Int(4), 32), x, Needy())
-    assert same(quantize(method, w, per_channel(Int(4)), x, Needy()), quantize(method, w, per_channel(Int(4)), x))
+def test_a_clip_sees_the_statistics_of_the_moving_group_alone(groups: Literal["fresh", "stale"]) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watching(MinMaxClip):
+        def fit(self, weight, spec, stats, *, scores):
+            seen.append(stats.hessian())
+            return super().fit(weight, spec, stats, scores=scores)
+
+    x = inputs()
+    stats = observe(x)
+    method = GPTQ(groups=groups)
+    method.round(torch.randn(ROWS, COLUMNS), per_group(Int(4), 32), Watching(), stats, scores=False)
+    _, order, _ = stats.factor(method.damp, True)
+    for h, columns in zip(seen, order.split(32), strict=True):
+        part = x[:, columns].double()
+        assert torch.allclose(h.double(), part.T @ part, rtol=1e-5, atol=1e-4)
 
 
 def test_the_factor_is_shared_until_more_is_seen() -> None:

@@ -23,7 +23,10 @@ def perplexity(model, windows):
     losses = []
     for ids in windows.split(4):
         logits = model(input_ids=ids, use_cache=False).logits
-        losses += [torch.nn.functional.cross_entropy(row[:-1], window[1:]).item() for row, window in zip(logits, ids, strict=True)]
+        losses += [
+            torch.nn.functional.cross_entropy(row[:-1], window[1:]).item()
+            for row, window in zip(logits, ids, strict=True)
+        ]
     return torch.tensor(losses, dtype=torch.float64).mean().exp().item()
 
 

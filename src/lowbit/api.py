@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Notice = Callable[[str], None]
 """Receives one sentence that the user should see."""
-OnBlock = Callable[[int, int, "dict[str, Any] | None"], None]
+OnBlock = Callable[[int, int, "Mapping[str, Any] | None"], None]
 """(block, number of blocks, its report when done; None when it starts)."""
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
@@ -231,17 +232,12 @@ def evaluate(
     if shrunk is not None and texts:
         notice(shrunk)
     windows = {text: load_windows(text, tokenizer, length, limit) for text in texts}
-    original = (
-        None
-        if against is None
-        else load(against, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
-    )
+    options: dict[str, Any] = {"dtype": torch.float32, "device": place, "trust_remote_code": trust_remote_code}
+    original = None if against is None else load(against, **options)
     report = EvaluationReport()
     found: list[tuple[Divergence, int]] = []
     for text, batch in windows.items():
-        scores = evaluate_text(
-            loaded, batch, original, progress=lambda done, total, text=text: progress(text, done, total)
-        )
+        scores = evaluate_text(loaded, batch, original, progress=partial(progress, text))
         report.perplexity[text] = scores.perplexity
         if scores.divergence is not None:
             found.append((scores.divergence, len(batch)))
@@ -424,7 +420,7 @@ def _dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch
             raise ValueError(f"unknown dtype {name!r}: use auto, {', '.join(known)}")
         return known[name]
     if device.type != "cpu":
-        return stored if stored in known.values() else torch.float32
+        return stored if stored is not None and stored in known.values() else torch.float32
     fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
 
@@ -436,7 +432,9 @@ def _target(name: str | None) -> Refuse | None:
     if name is None:
         return None
     form = find(name)
-    return lambda weights, inputs, site: form.refuse(weights, inputs, transposed=site.transposed)
+    return lambda weights, inputs, site, ordered: form.refuse(
+        weights, inputs, transposed=site.transposed, ordered=ordered
+    )
 
 
 def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], dict[str, Any]]:

@@ -87,9 +87,8 @@ def plan_lines(prepared: Prepared) -> list[str]:
     from .stream.plan import plan_summary
 
     plan = prepared.plan
-    lines = [
-        f"recipe {plan.recipe.name}: {len(plan.formats)} blocks, computing in {prepared.record['dtype']} on {prepared.device}"
-    ]
+    where = f"computing in {prepared.record['dtype']} on {prepared.device}"
+    lines = [f"recipe {plan.recipe.name}: {len(plan.formats)} blocks, {where}"]
     for label, names in plan_summary(plan).items():
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         lines.append(f"  {label}: {shown}")

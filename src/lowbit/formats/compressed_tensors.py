@@ -102,6 +102,10 @@ def notices(weights: Spec, activation: Spec | None) -> tuple[str, ...]:
     if _format_name(weights, activation) == "pack-quantized":
         if not _symmetric(number):
             found.append("transformers 5.23 cannot read asymmetric packed weights; 5.22 and vLLM can")
+        if 32 % weights.bits:
+            found.append(
+                f"compressed-tensors packs {weights.bits}-bit weights this way since 0.18: older ones cannot read"
+            )
         if weights.bits == 1:
             found.append("vLLM reads packed weights of 2 to 8 bits, not 1; transformers reads them")
         elif activation is not None and not activation.dynamic:

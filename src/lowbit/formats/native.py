@@ -126,7 +126,7 @@ def _unbounded(spec: Spec) -> bool:
 
 
 def _pack_zero(zero: Tensor, spec: Spec) -> Tensor:
-    """Zero-points are codes, packed as one stream (rows of a few would be mostly padding), unless nothing bounds them."""
+    """Zero-points are codes, packed as one stream (rows of a few would be mostly padding) unless unbounded."""
     return zero.to(torch.int32) if _unbounded(spec) else bits.pack(zero.to(torch.uint8).flatten(), spec.bits)
 
 

@@ -145,6 +145,9 @@ class Round(Protocol):
     def sequential(self) -> bool:
         """Whether inputs are observed again after every rounded linear of a block."""
 
+    def reorders(self, spec: Spec) -> bool:
+        """Whether groups of this format come out in another order of the columns, with a group index."""
+
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I], fp32. `stats` is None where the inputs were never seen (starved experts)."""
 

@@ -8,7 +8,9 @@ the recipe: it is called wherever scales are fitted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -18,8 +20,12 @@ from ..numerics.feedback import sweep
 from ..numerics.grid import Grid, fit_range, to_codes, to_levels, unit_shape
 from ..numerics.qtensor import QTensor
 from ..numerics.spec import Int, Spec
+from ..numerics.stats import Gram
 from .base import Clip, Need, Stats
 from .rtn import RTN
+
+Fit = Callable[[Tensor, Spec, Stats], Grid]
+"""(values [O, g], format of one group, statistics of those columns) -> their grid."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,12 @@ class GPTQ:
         """Whether inputs are observed linear by linear."""
         return self.true_sequential
 
-    def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
-        """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest.
+    def reorders(self, spec: Spec) -> bool:
+        """Under act-order, groups fitted on the way are runs of the sweep's order."""
+        return self.act_order and self.groups != "static" and spec.block[0] == 1 and spec.group != -1
 
-        Raises ValueError for groups fitted on the way under a clip that needs statistics, which are of whole rows.
-        """
+    def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
+        """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest."""
         if stats is None:
             return RTN().round(weight, spec, clip, None, scores=scores)
         factor, order, dead = stats.factor(self.damp, self.act_order)
@@ -63,9 +70,7 @@ class GPTQ:
         if self.groups == "static" or spec.block[0] != 1 or unit_shape(weight.shape, spec.block)[1] == weight.shape[1]:
             grid = clip.fit(weight, spec, stats, scores=scores)
             return self._sweep_static(weight, grid, factor, order)
-        if clip.needs:
-            raise ValueError(f"{clip.name} cannot follow groups fitted during the sweep: set gptq.groups to static")
-        return self._sweep_dynamic(weight, spec, clip, factor, order)
+        return self._sweep_dynamic(weight, spec, partial(clip.fit, scores=scores), stats, factor, order)
 
     def _sweep_static(self, weight: Tensor, grid: Grid, factor: Tensor, order: Tensor | None) -> QTensor:
         """Every group's scale is known: columns may go in any order and keep their natural groups."""
@@ -75,7 +80,9 @@ class GPTQ:
         sweep(weight[:, columns], factor, column.round, block=self.block)
         return QTensor(column.codes(columns), grid)
 
-    def _sweep_dynamic(self, weight: Tensor, spec: Spec, clip: Clip, factor: Tensor, order: Tensor | None) -> QTensor:
+    def _sweep_dynamic(
+        self, weight: Tensor, spec: Spec, fit: Fit, stats: Stats, factor: Tensor, order: Tensor | None
+    ) -> QTensor:
         """Groups are runs of the sweep's own order, each fitted when the sweep comes to it.
 
         A sweep block that ends where every group ends makes the fit fresh; a longer one makes it stale.
@@ -91,10 +98,14 @@ class GPTQ:
         grid = Grid(spec, empty, empty.clone() if unsigned else None)
         column = _Columns(grid, weight.shape, [i // width for i in range(total)])
 
+        h = stats.hessian()
+
         def fit_groups(start: int, remaining: Tensor) -> None:
             for begin in range(-(-start // width) * width, min(start + block, total), width):
                 values = remaining[begin - start : begin - start + width].T
-                column.set(begin // width, clip.fit(values, replace(spec, block=(1, -1)), None, scores=False))
+                chosen = columns[begin : begin + width]
+                seen = Stats(gram=Gram.of(h[chosen][:, chosen], stats.tokens), tokens=stats.tokens)
+                column.set(begin // width, fit(values, replace(spec, block=(1, -1)), seen))
 
         sweep(weight[:, columns], factor, column.round, block=block, open_block=fit_groups)
         return QTensor(column.codes(columns), column.grid(spec), order)

@@ -33,6 +33,10 @@ class RTN:
     needs: ClassVar[frozenset[Need]] = frozenset()
     sequential: ClassVar[bool] = False
 
+    def reorders(self, spec: Spec) -> bool:
+        """Columns stay where they are."""
+        return False
+
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I] on the clip's grid."""
         grid = clip.fit(weight, spec, stats, scores=scores)

@@ -61,7 +61,9 @@ class QTensor:
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        return QTensor(self.codes.to(device), self.grid.to(device), None if self.order is None else self.order.to(device))
+        return QTensor(
+            self.codes.to(device), self.grid.to(device), None if self.order is None else self.order.to(device)
+        )
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,13 @@ class Gram:
         upper = self._sum.triu()
         return upper + upper.triu(1).T
 
+    @staticmethod
+    def of(matrix: Tensor, count: int) -> Gram:
+        """The statistic whose matrix is known already, for instance that of some columns alone."""
+        gram = Gram()
+        gram._sum, gram.count = matrix, count
+        return gram
+
     def transport(self, scale: Tensor) -> None:
         """Inputs become x / scale, [I]."""
         if self._sum is not None:

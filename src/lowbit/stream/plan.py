@@ -22,8 +22,8 @@ from ..numerics.spec import Spec
 from .block import Formats
 from .checkpoint import Checkpoint
 
-Refuse = Callable[[Spec, Spec | None, Site], str | None]
-"""A target format's objection to (weight format, input format, site), or None."""
+Refuse = Callable[[Spec, Spec | None, Site, bool], str | None]
+"""A target format's objection to (weight format, input format, site, whether groups follow another order), or None."""
 
 BASE_BYTES = 450 << 20
 """Resident memory of Python with torch and transformers loaded."""
@@ -87,7 +87,10 @@ def make_plan(
     if not quantized:
         raise ValueError("the recipe quantizes nothing: every linear is kept in 16 bits")
     for name, site, weights, inputs in quantized:
-        _check_site(name, site, weights, inputs, refuse)
+        _check_site(name, site, weights, inputs)
+        reason = None if refuse is None else refuse(weights, inputs, site, recipe.round.reorders(weights))
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}")
     prefixes = [f"{anatomy.layers}.{index}." for index in range(len(anatomy.blocks))]
     block_bytes = max(checkpoint.nbytes(checkpoint.names(prefix)) for prefix in prefixes)
     hidden = _hidden_width(anatomy)
@@ -137,7 +140,7 @@ def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
         raise ValueError(f"the pattern {override.pattern!r} matches no linear of this model: {hint}")
 
 
-def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None, refuse: Refuse | None) -> None:
+def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None) -> None:
     try:
         unit_shape(torch.Size(site.shape), weights.block)
     except ValueError as error:
@@ -149,9 +152,6 @@ def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None, refus
             unit_shape(torch.Size((1, site.shape[1])), inputs.block)
         except ValueError as error:
             raise ValueError(f"{name}, activations: {error}") from None
-    reason = None if refuse is None else refuse(weights, inputs, site)
-    if reason is not None:
-        raise ValueError(f"{name}: {reason}")
 
 
 def _hidden_width(anatomy: Anatomy) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def run_prologue(
     device: torch.device,
 ) -> Calls:
     """Fill `hidden` with the first block's inputs for micro-batches of ids [b, T], and return all blocks' arguments."""
-    layers = model.get_submodule(anatomy.layers)
+    layers = cast(nn.ModuleList, model.get_submodule(anatomy.layers))
     blocks = list(layers)
     used = torch.cat([batch.flatten() for batch in batches]).unique()
     outside = [
@@ -92,7 +92,7 @@ def run_prologue(
     tensors = checkpoint.read(name for name in outside if name != embedding)
     install(model, {}, {**tensors, embedding: checkpoint.rows(embedding, used)}, dtype, device)
     _move_buffers(model, device)
-    table = model.get_submodule(anatomy.embedding)
+    table = cast(nn.Embedding, model.get_submodule(anatomy.embedding))
     table.padding_idx = None  # it would be checked against the few rows that were read
     compact = table.register_forward_pre_hook(
         lambda _m, args: (torch.searchsorted(used.to(device), args[0]), *args[1:])
@@ -116,7 +116,7 @@ def run_prologue(
     return calls
 
 
-def _record(model: nn.Module, layers: nn.Module, blocks: Sequence[nn.Module], ids: Tensor) -> list[_Echo]:
+def _record(model: nn.Module, layers: nn.ModuleList, blocks: Sequence[nn.Module], ids: Tensor) -> list[_Echo]:
     for tuples in (False, True):
         echoes = [_Echo(block, index == len(blocks) - 1, tuples) for index, block in enumerate(blocks)]
         for index, echo in enumerate(echoes):

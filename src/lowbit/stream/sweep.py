@@ -28,7 +28,7 @@ from .plan import Plan
 from .prologue import Calls, run_prologue
 from .run import NAMES, SCRATCH, RunDirectory
 
-MICRO_BATCH = 4096
+MICRO_BATCH = 2048
 """Tokens sent through a block at once. It is part of the plan: another size would sum statistics in another order."""
 SNAPSHOT_SECONDS = 180.0
 """Hidden states are saved this often, so that a restart does not replay a long run's every finished block."""
