@@ -459,10 +459,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "expected"),
     [
-        ("gptq-w4", "gptq.damp=0.05", Recipe(Scheme(weights(4)), GPTQ(damp=0.05), MinMaxClip())),
-        ("gptq-w4", "gptq.damp=1e-3", Recipe(Scheme(weights(4)), GPTQ(damp=0.001), MinMaxClip())),
-        ("gptq-w4", "gptq.act_order=false", Recipe(Scheme(weights(4)), GPTQ(act_order=False), MinMaxClip())),
-        ("gptq-w4", "gptq.groups=fresh", Recipe(Scheme(weights(4)), GPTQ(groups="fresh"), MinMaxClip())),
+        ("gptq-w4", "gptq.damp=0.05", Recipe(Scheme(weights(4)), GPTQ(damp=0.05), AWQClip())),
+        ("gptq-w4", "gptq.damp=1e-3", Recipe(Scheme(weights(4)), GPTQ(damp=0.001), AWQClip())),
+        ("gptq-w4", "gptq.act_order=false", Recipe(Scheme(weights(4)), GPTQ(act_order=False), AWQClip())),
+        ("gptq-w4", "gptq.groups=fresh", Recipe(Scheme(weights(4)), GPTQ(groups="fresh"), AWQClip())),
         ("awq-w4", "awqclip.grid=5", Recipe(Scheme(weights(4)), RTN(), AWQClip(grid=5), (AWQ(),))),
         (
             "smoothquant-w4a8",
@@ -500,7 +500,9 @@ def test_settings_apply_in_order_and_reach_the_calibration() -> None:
     )
 
 
-GPTQ_SETTINGS = "gptq.damp, gptq.act_order, gptq.groups, gptq.true_sequential, gptq.block"
+GPTQ_SETTINGS = (
+    "awqclip.grid, awqclip.maxshrink, gptq.damp, gptq.act_order, gptq.groups, gptq.true_sequential, gptq.block"
+)
 DOCUMENT_KEYS = "name, scheme, transforms, clip, round, calibration"
 REFUSED_SETTINGS = {
     "gptq.damp": "write SETTING=VALUE, as in gptq.damp=0.05",
@@ -508,7 +510,7 @@ REFUSED_SETTINGS = {
     "gptq.dampp=1": f"unknown setting 'gptq.dampp', did you mean 'gptq.damp'? (known: {GPTQ_SETTINGS})",
     "gptq.damp.x=1": f"unknown setting 'gptq.damp.x', did you mean 'gptq.damp'? (known: {GPTQ_SETTINGS})",
     "damp=1": f"unknown setting 'damp', did you mean 'gptq.damp'? (known: {GPTQ_SETTINGS}, {DOCUMENT_KEYS})",
-    "awq.grid=3": f"unknown setting 'awq.grid' (known: {GPTQ_SETTINGS}, {DOCUMENT_KEYS})",
+    "awq.grid=3": f"unknown setting 'awq.grid', did you mean 'awqclip.grid'? (known: {GPTQ_SETTINGS}, {DOCUMENT_KEYS})",
     "gptq.damp=lots": "round.gptq.damp: input should be a valid number, not 'lots'",
     "gptq.damp=": "round.gptq.damp: input should be a valid number, not None",
     "gptq.damp=[": "line 1 is not YAML (expected the node content, but found '<stream end>')",
@@ -624,7 +626,7 @@ def test_docs_show_what_is_printed() -> None:
     assert short.recipe == Recipe(
         Scheme(weights(4, 128), None, (Override("*.down_proj", weights(8, 128)), Override("*.layers.0.self_attn.*"))),
         GPTQ(damp=0.05),
-        MinMaxClip(),
+        AWQClip(),
         (AWQ(),),
     )
 

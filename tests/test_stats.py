@@ -118,3 +118,16 @@ def test_nothing_seen_is_our_own_mistake() -> None:
     for read in (lambda: Gram().matrix, lambda: AbsMean().mean, lambda: MinMax().amax):
         with pytest.raises(AssertionError, match="no inputs were observed"):
             read()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gram_of_half_inputs_is_exact_to_fp32(dtype: torch.dtype) -> None:
+    """Products of 8-bit significands are exact in fp32, whatever units multiply them; only the sums round."""
+    x = torch.randn(3000, 700, dtype=dtype)
+    gram = Gram()
+    for part in x.split(1000):
+        gram.update(part)
+    truth = x.double().T @ x.double()
+    scale = (x.double().square().sum(0)[:, None] * x.double().square().sum(0)).sqrt()
+    assert float(((gram.matrix.double() - truth).abs() / scale).max()) < 2e-6
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16" if hasattr(torch.backends.mkldnn, "matmul") else True

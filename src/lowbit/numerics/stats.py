@@ -7,11 +7,29 @@ exactly, so a block need not be replayed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 _TILE = 512
 """Columns of a Gram tile. Only tiles on and above the diagonal are computed, 5/8 of the work at four tiles a side."""
+
+
+@contextmanager
+def _bf16_hardware(x: Tensor) -> Iterator[None]:
+    """Let the CPU's bf16 units multiply widened bf16 values: products stay exact and sums fp32."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class Gram:
@@ -22,13 +40,14 @@ class Gram:
         self._sum: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
-        """Add inputs [T, I]. bf16 inputs are widened first: their products are exact, the sums fp32."""
-        x = x.float()
+        """Add inputs [T, I]. Whatever their dtype, products of bf16 inputs are exact and sums are fp32."""
         width = x.shape[-1]
         if self._sum is None:
             self._sum = torch.zeros(width, width, device=x.device)
-        for a in range(0, width, _TILE):
-            self._sum[a : a + _TILE, a:].addmm_(x[:, a : a + _TILE].T, x[:, a:])
+        with _bf16_hardware(x):
+            x = x.float()
+            for a in range(0, width, _TILE):
+                self._sum[a : a + _TILE, a:].addmm_(x[:, a : a + _TILE].T, x[:, a:])
         self.count += x.shape[0]
 
     @property
