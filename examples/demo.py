@@ -15,7 +15,7 @@ import lowbit
 
 METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 WINDOWS = {"window": 512, "limit": 32}
-CALIBRATION = {"calibration": "demo", "samples": 64, "length": 512}
+CALIBRATION = {"calibration": "demo", "samples": 16, "length": 512}
 PROMPT = "The old man looked at the sea and"
 
 

@@ -80,8 +80,10 @@ def _load_transformers(
 ) -> PreTrainedModel:
     """Any other model that transformers loads, quantized or not; headers are checked first, for a clear error."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     scan(path)
+    logging.disable_progress_bar()  # its bars would stand between our own
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=trust)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
