@@ -59,6 +59,7 @@ class Sweep:
     @torch.no_grad()
     def execute(self) -> None:
         """Do what is not yet done. Afterwards the run directory is complete."""
+        gc.freeze()  # what exists now outlives the run: collecting between blocks need not look at it
         anatomy, count = self.plan.anatomy, len(self.plan.anatomy.blocks)
         finished = self.run.finished()
         self._write_rest()
