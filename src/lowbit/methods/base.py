@@ -74,9 +74,11 @@ class Stats:
         key = (damp, act_order)
         if key not in self._factors:
             h = self.hessian()
-            order = h.diagonal().argsort(descending=True, stable=True) if act_order else None
-            factor = inverse_factor(h if order is None else h[order][:, order], damp)
-            self._factors[key] = (factor, order, h.diagonal() <= 0)
+            dead, order = h.diagonal() <= 0, None
+            if act_order:
+                order = h.diagonal().argsort(descending=True, stable=True)
+                h = h[order][:, order]
+            self._factors[key] = (inverse_factor(h, damp), order, dead)
         return self._factors[key]
 
 

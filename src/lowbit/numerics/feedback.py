@@ -44,9 +44,8 @@ def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
     if not bool(h.isfinite().all()):
         raise ValueError("the inputs' Gram matrix is not finite: look for NaN, Inf or overflow in the activations")
     for attempt in range(attempts):
-        work = damped(h, damp * 10**attempt)
         for dtype in (torch.float32, torch.float64):
-            factor, info = torch.linalg.cholesky_ex(work.to(dtype).flip(0, 1))
+            factor, info = torch.linalg.cholesky_ex(damped(h, damp * 10**attempt).to(dtype).flip(0, 1))
             if info.item():
                 continue
             identity = torch.eye(len(h), dtype=dtype, device=h.device)

@@ -54,8 +54,9 @@ class Gram:
     def matrix(self) -> Tensor:
         """The full symmetric matrix Σ x xᵀ (not divided by the count), a copy."""
         assert self._sum is not None, "no inputs were observed"
-        upper = self._sum.triu()
-        return upper + upper.triu(1).T
+        full = self._sum.triu()
+        full += full.triu(1).T
+        return full
 
     @staticmethod
     def of(matrix: Tensor, count: int) -> Gram:
