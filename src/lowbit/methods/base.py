@@ -60,6 +60,11 @@ class Stats:
             if statistic is not None:
                 statistic.transport(scale)
 
+    def release(self) -> None:
+        """Drop what only rounding needs, the Gram matrix and its factors; ranges and counts stay."""
+        self.gram = None
+        self._factors.clear()
+
     def hessian(self) -> Tensor:
         """The Gram matrix [I, I], Σ x xᵀ."""
         assert self.gram is not None, "the method did not declare that it needs the Gram matrix"

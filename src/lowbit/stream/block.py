@@ -236,6 +236,8 @@ class _BlockWork:
                     part = rounded.rows(start, start + site.shape[0])
                     layers[site.name] = self._layer(site, part.to("cpu"), stats.get(site.name))
                     start += site.shape[0]
+            if tap.name in stats:
+                stats[tap.name].release()
         return layers
 
     def _batches(self, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
