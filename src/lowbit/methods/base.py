@@ -82,8 +82,7 @@ class Stats:
             dead, order = h.diagonal() <= 0, None
             if act_order:
                 order = h.diagonal().argsort(descending=True, stable=True)
-                h = h[order][:, order]
-            self._factors[key] = (inverse_factor(h, damp), order, dead)
+            self._factors[key] = (inverse_factor(h, damp, order), order, dead)
         return self._factors[key]
 
 

@@ -11,7 +11,7 @@ Shape letters: O rows of the weight, I columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,30 +26,30 @@ _TILE = 32
 """Columns whose errors one matrix-vector product gathers, few enough to stay in cache."""
 
 
-def damped(h: Tensor, damp: float) -> Tensor:
-    """H + damp·mean(diag H)·I; columns never excited get a unit diagonal, and have no correlation."""
-    diagonal = h.diagonal()
-    h = h.clone()
-    h.diagonal().add_(torch.where(diagonal <= 0, 1.0, damp * diagonal.mean()))
-    return h
-
-
-def inverse_factor(h: Tensor, damp: float, *, attempts: int = 4) -> Tensor:
+def inverse_factor(h: Tensor, damp: float, order: Tensor | None = None, *, attempts: int = 4) -> Tensor:
     """U upper triangular with UᵀU = (H + damp·mean(diag H)·I)⁻¹, for H [I, I] positive semi-definite.
 
-    H's factor taken from the last column backwards is upper triangular, H = R Rᵀ, and then U = R⁻¹: one Cholesky
-    factorization and one triangular inverse instead of the textbook's three steps. Whenever the factorization fails it
-    is tried in fp64, then with ten times the damping. Raises ValueError if H is not finite or beyond repair.
+    `order` [I] takes H's columns and rows in that order. Columns never excited get a unit diagonal, and have no
+    correlation. H's factor taken from the last column backwards is upper triangular, H = R Rᵀ, and then U = R⁻¹: one
+    Cholesky factorization and one triangular inverse instead of the textbook's three steps. Whenever the factorization
+    fails it is tried in fp64, then with ten times the damping. Raises ValueError if H is not finite or beyond repair.
     """
     if not bool(h.isfinite().all()):
         raise ValueError("the inputs' Gram matrix is not finite: look for NaN, Inf or overflow in the activations")
+    backwards = torch.arange(len(h), device=h.device).flip(0) if order is None else order.flip(0)
+    diagonal = h.diagonal()[backwards]
     for attempt in range(attempts):
+        added = torch.where(diagonal <= 0, 1.0, damp * 10**attempt * diagonal.mean())
         for dtype in (torch.float32, torch.float64):
-            factor, info = torch.linalg.cholesky_ex(damped(h, damp * 10**attempt).to(dtype).flip(0, 1))
+            flipped = h[backwards[:, None], backwards].to(dtype)
+            flipped.diagonal().add_(added)
+            factor, info = torch.linalg.cholesky_ex(flipped)
+            del flipped  # matrices of a wide input are what peak memory is made of
             if info.item():
                 continue
-            identity = torch.eye(len(h), dtype=dtype, device=h.device)
-            inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+            inverse = torch.eye(len(h), dtype=dtype, device=h.device)
+            torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+            del factor
             if bool(inverse.isfinite().all()):
                 return inverse.flip(0, 1).float()
     raise ValueError("the inputs' Gram matrix cannot be factorized even with heavy damping: choose a larger one")
@@ -64,7 +64,6 @@ def sweep(
     """
     working = weight.T.clone(memory_format=torch.contiguous_format)
     errors = torch.empty_like(working[:block])
-    rounded: list[Tensor] = []
     for start in range(0, len(working), block):
         stop = min(start + block, len(working))
         if open_block is not None:
@@ -74,19 +73,17 @@ def sweep(
         for first in range(start, stop, _TILE):
             last = min(first + _TILE, stop)
             tile = slice(first - start, last - start)
-            rounded += _round_tile(first, working[first:last], errors[tile], shares[tile, tile], round_column)
+            _round_tile(first, working[first:last], errors[tile], shares[tile, tile], round_column)
             working[last:stop].addmm_(shares[last - start : stop - start, tile], errors[tile], alpha=-1)
         scaled = errors[: stop - start].div_(u.diagonal()[:, None])
         working[stop:].addmm_(factor[start:stop, stop:].T, scaled, alpha=-1)
-    return torch.stack(rounded).T
+    return working.T
 
 
-def _round_tile(
-    first: int, columns: Tensor, errors: Tensor, shares: Tensor, round_column: RoundColumn
-) -> Iterator[Tensor]:
-    """Round the tile's columns, corrected by the tile's earlier errors, and leave their own errors in `errors`."""
+def _round_tile(first: int, columns: Tensor, errors: Tensor, shares: Tensor, round_column: RoundColumn) -> None:
+    """Round the tile's columns in place, corrected by the tile's earlier errors, and leave their own in `errors`."""
     gather = errors.zero_().T  # a column's own error and those to come are still zero when it is reached
     for i, (column, error, share) in enumerate(zip(columns.unbind(), errors.unbind(), shares.unbind(), strict=True)):
         value = round_column(first + i, column.addmv_(gather, share, alpha=-1))
         torch.sub(column, value, out=error)
-        yield value
+        column.copy_(value)

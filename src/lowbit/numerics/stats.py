@@ -52,11 +52,14 @@ class Gram:
 
     @property
     def matrix(self) -> Tensor:
-        """The full symmetric matrix Σ x xᵀ (not divided by the count), a copy."""
+        """The full symmetric matrix Σ x xᵀ (not divided by the count), to be read only: it is the statistic itself."""
         assert self._sum is not None, "no inputs were observed"
-        full = self._sum.triu()
-        full += full.triu(1).T
-        return full
+        for a in range(0, len(self._sum), _TILE):
+            upper = self._sum[a : a + _TILE, a:].triu()
+            upper[:, : len(upper)] += upper[:, : len(upper)].triu(1).T
+            self._sum[a : a + _TILE, a:] = upper
+            self._sum[a:, a : a + _TILE] = upper.T
+        return self._sum
 
     @staticmethod
     def of(matrix: Tensor, count: int) -> Gram:

@@ -8,7 +8,6 @@ batch. What comes out is what is stored, and what is stored is what makes the ne
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -90,13 +89,15 @@ def quantize_block(
     install(block, {}, tensors, dtype, device)
     observed = work.observe(text)
     target = observed.outputs[0]
-    with work.holding(work.plain_layers(observed.stats)):
-        before = relative_error(text.forward(block, 0), target)
+    plain_inputs = {site.name: work.input_grid(site, observed.stats) for site in anatomy.sites}
     experts = {s.name: observed.stats[s.name].tokens for s in anatomy.sites if s.expert is not None and observed.stats}
     work.transform(observed)
     observed.samples.clear()
     layers = work.round_in_order(text) if recipe.round.sequential else work.round_taps(anatomy.taps, observed.stats)
     rest = work.rest()
+    work.source = tensors  # fp32 copies go, and the Gram matrices went: the yardstick may use their memory
+    install(block, work.plain_layers(plain_inputs), work.rest(), dtype, device)
+    before = relative_error(text.forward(block, 0), target)
     install(block, layers, rest, dtype, device)
     return Outcome(layers, rest, before, relative_error(text.forward(block, 0), target), "output", experts)
 
@@ -162,26 +163,15 @@ class _BlockWork:
             return False
         return not inspects_reader(edge) or self.formats[edge.readers[0].name][1] is not None
 
-    @contextmanager
-    def holding(self, layers: Mapping[str, QLayer]) -> Iterator[None]:
-        """The block with quantized linears for a moment."""
-        originals = {name: self.block.get_submodule(name) for name in layers}
-        biases = {f"{name}.bias": self.tensors[f"{name}.bias"] for name in layers if f"{name}.bias" in self.tensors}
-        install(self.block, layers, biases, self.dtype, self.device)
-        yield
-        for name, module in originals.items():
-            self.block.set_submodule(name, module)
-
-    def plain_layers(self, stats: Mapping[str, Stats]) -> dict[str, QLayer]:
+    def plain_layers(self, inputs: Mapping[str, Grid | None]) -> dict[str, QLayer]:
         """Every quantized site rounded to nearest on its min-max grid: the yardstick of `error_before`."""
         layers = {}
         for site in self.anatomy.sites:
-            spec = self.formats[site.name][0]
-            if spec is not None:
-                grid = fit_range(self.weight(site), spec)
-                layers[site.name] = self._layer(
-                    site, QTensor(grid.encode(self.weight(site)), grid), stats.get(site.name)
-                )
+            weights, activations = self.formats[site.name]
+            if weights is not None:
+                grid = fit_range(self.weight(site), weights)
+                codes = QTensor(grid.encode(self.weight(site)), grid)
+                layers[site.name] = QLayer(QWeight((codes,)), activations, inputs.get(site.name))
         return layers
 
     # --- transforming -------------------------------------------------------------------------------------------------
@@ -234,7 +224,8 @@ class _BlockWork:
                 start = 0
                 for site in sites:
                     part = rounded.rows(start, start + site.shape[0])
-                    layers[site.name] = self._layer(site, part.to("cpu"), stats.get(site.name))
+                    inputs = self.formats[site.name][1]
+                    layers[site.name] = QLayer(QWeight((part.to("cpu"),)), inputs, self.input_grid(site, stats))
                     start += site.shape[0]
             if tap.name in stats:
                 stats[tap.name].release()
@@ -267,12 +258,10 @@ class _BlockWork:
             layers.update(fresh)
         return layers
 
-    def _layer(self, site: Site, quantized: QTensor, stats: Stats | None) -> QLayer:
+    def input_grid(self, site: Site, stats: Mapping[str, Stats]) -> Grid | None:
+        """The calibrated grid of a site's inputs; None where they are kept or quantized as they come."""
         spec = self.formats[site.name][1]
-        grid = None
-        if spec is not None and not spec.dynamic:
-            grid = static_grid(spec, stats)
-        return QLayer(QWeight((quantized,)), spec, grid)
+        return None if spec is None or spec.dynamic else static_grid(spec, stats.get(site.name))
 
     def weight_errors(self, layers: Mapping[str, QLayer]) -> tuple[float, float]:
         """Relative squared error of the block's weights: plainly rounded, and as they are."""
