@@ -43,7 +43,8 @@ class Request:
     settings: Sequence[str] = ()
     overrides: Sequence[str] = ()
     ignore: Sequence[str] = ()
-    calibration: str | None = None
+    calibration: str | Sequence[torch.Tensor] | None = None
+    """A named set, a text file, or windows of token ids [T] as they are, for who draws them elsewhere."""
     samples: int | None = None
     length: int | None = None
     seed: int | None = None
@@ -439,6 +440,8 @@ def _target(name: str | None) -> Refuse | None:
 
 def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Token windows, and what plan.json records of where they came from."""
+    if request.calibration is not None and not isinstance(request.calibration, str):
+        return _given_windows(request.calibration, request.seed or 0, checkpoint.config.vocab_size)
     from .data.calibrate import Calibration, load_calibration
     from .data.text import check_tokenizer, resolve_window
 
@@ -458,6 +461,20 @@ def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple
     samples, seed = chosen("samples", defaults.samples), chosen("seed", defaults.seed)
     windows = load_calibration(source, tokenizer, samples, length, seed)
     return windows, {"source": Path(source).name, "samples": samples, "length": length, "seed": seed}
+
+
+def _given_windows(
+    windows: Sequence[torch.Tensor], seed: int, vocabulary: int
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Windows of token ids that the caller drew."""
+    import torch
+
+    rows = [window.to("cpu", torch.long) for window in windows]
+    if not rows or any(row.ndim != 1 or len(row) < 2 for row in rows):
+        raise ValueError("calibration windows are one-dimensional tensors of at least two token ids")
+    if max(int(row.max()) for row in rows) >= vocabulary:
+        raise ValueError(f"a calibration window holds a token beyond the model's {vocabulary}: is it its tokenizer's?")
+    return rows, {"source": "tokens", "samples": len(rows), "length": max(map(len, rows)), "seed": seed}
 
 
 def _hidden_budget(memory: int | None, plan: Plan) -> int:
