@@ -2,7 +2,8 @@
 
     python benchmarks/gptq_speed.py MODEL --calibration calib.txt --text test.txt --peer-python PEER/bin/python
 
-Seconds count quantization alone (lowbit: anatomy, text, streaming and writing included; the peer: its `oneshot` call).
+Both get the same token windows. Seconds count quantization alone (lowbit: anatomy, streaming and writing included; the
+peer: its `oneshot` call on a loaded model).
 Each runs in a process of its own, `--rounds` times in turn; the table shows medians.
 """
 
@@ -28,10 +29,10 @@ OURS = """
 import json, sys, time, torch, lowbit
 from safetensors.torch import load_file
 from lowbit.evaluation.text import evaluate_text
-model, calibration, tokens, output = sys.argv[1:]
+model, tokens, output = sys.argv[1:]
 lowbit.quantize("demo", "rtn-w4a16-g128", output + "-warm")  # imports are not quantization
 began = time.perf_counter()
-run = lowbit.quantize(model, "gptq-w4a16-g128", output, calibration=calibration, samples=128, length=512)
+run = lowbit.quantize(model, "gptq-w4a16-g128", output, calibration=list(load_file(tokens)["calibration"]))
 seconds = time.perf_counter() - began
 found = evaluate_text(lowbit.load(output, dtype=torch.float32), load_file(tokens)["evaluation"]).perplexity
 print(json.dumps({"seconds": seconds, "perplexity": found.perplexity, "peak_memory_bytes": run.peak_memory_bytes}))
@@ -61,7 +62,6 @@ def main() -> None:
                 "-c",
                 OURS,
                 arguments.model,
-                arguments.calibration,
                 tokens,
                 f"{scratch}/ours-{turn}",
             ]

@@ -11,9 +11,12 @@ import pytest
 import torch
 from tiny import save_model, save_text, tokenizer
 
+import lowbit
 from lowbit import cli
+from lowbit.data.calibrate import load_calibration
 from lowbit.formats import files
 from lowbit.formats.files import read_shard, shard_header, write_shard
+from lowbit.runtime.load import load_tokenizer
 from lowbit.stream import run
 
 
@@ -226,3 +229,18 @@ def test_command_line_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "invalid choice" in said(capsys, "quantise", status=2)
     assert "--recipe" in said(capsys, "quantize", "demo", "--output", tmp_path / "out", status=2)
     assert "no size" in said(capsys, *quantize("demo", tmp_path / "out", "--memory", "lots"), status=2)
+
+
+def test_calibration_windows_of_ones_own(tmp_path: Path) -> None:
+    """Windows drawn elsewhere give what a text file gives that holds them; windows that cannot be are refused."""
+    model, text = save_model("llama", tmp_path / "model"), save_text(tmp_path / "text.txt")
+    options = {"samples": 4, "length": 32}
+    lowbit.quantize(model, "gptq-w4a16-g16", tmp_path / "file", calibration=str(text), **options)
+    rows = load_calibration(str(text), load_tokenizer(model), 4, 32, 0)
+    lowbit.quantize(model, "gptq-w4a16-g16", tmp_path / "rows", calibration=rows)
+    for shard in (tmp_path / "file").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "rows" / shard.name).read_bytes()
+    refused = (([], "two token ids"), ([torch.zeros(2, 8)], "two token ids"), ([torch.tensor([1, 99999])], "beyond"))
+    for wrong, sentence in refused:
+        with pytest.raises(ValueError, match=sentence):
+            lowbit.quantize(model, "gptq-w4a16-g16", tmp_path / "wrong", calibration=wrong)
