@@ -126,7 +126,7 @@ def test_the_search_is_the_papers(number: Int, group: int, duo: bool) -> None:
     view = Linears(
         inputs(60, 32), [torch.randn(6, 32), torch.randn(4, 32)], [per_group(number, group, scale="float32")] * 2
     )
-    scale = AWQ(duo=duo).scale(view)
+    scale = AWQ(duo=duo).fold(view).scale
     losses, scales = naive_search(view, number, group, duo)
     assert len(view.tried) == 20
     agree = [abs(tried[2] - loss) < 1e-4 * loss for tried, loss in zip(view.tried, losses, strict=True)]
@@ -141,7 +141,7 @@ def test_the_search_is_the_papers(number: Int, group: int, duo: bool) -> None:
 )
 def test_r_of_zero_is_plain_rounding_and_nothing_taken_is_worse(spec: Spec) -> None:
     view = Linears(inputs(50, 64), [torch.randn(8, 64), torch.randn(3, 64)], [spec, spec])
-    scale = AWQ().scale(view)
+    scale = AWQ().fold(view).scale
     weights, spread, least = view.tried[0]
     assert torch.equal(spread, torch.ones(64))
     assert all(torch.equal(a, fit_range(b, spec).quantize(b)) for a, b in zip(weights, view.weights, strict=True))
@@ -159,7 +159,7 @@ def test_grouped_queries_share_a_scale() -> None:
     """Eight reader channels read four source channels: the largest activation decides, the scale is repeated."""
     channels = (0, 1, 0, 1, 2, 3, 2, 3)
     view = Linears(inputs(40, 8), [torch.randn(5, 8)], [per_channel(Int(3))], channels)
-    scale = AWQ().scale(view)
+    scale = AWQ().fold(view).scale
     assert scale is not None and scale.shape == (4,)
     pooled = torch.maximum(view.absmean[[0, 1, 4, 5]], view.absmean[[2, 3, 6, 7]])
     for k, (_, spread, _) in enumerate(view.tried):
@@ -168,16 +168,16 @@ def test_grouped_queries_share_a_scale() -> None:
 
 def test_readers_kept_in_16_bits_stay_as_they_are() -> None:
     view = Linears(inputs(40, 32), [torch.randn(4, 32), torch.randn(4, 32)], [None, per_channel(Int(3))])
-    AWQ(duo=True).scale(view)
+    AWQ(duo=True).fold(view)
     assert all(weights[0] is view.weights[0] for weights, _, _ in view.tried)
     view = Linears(inputs(40, 32), [torch.randn(4, 32)], [None])
-    scale = AWQ().scale(view)
+    scale = AWQ().fold(view).scale
     assert scale is not None and torch.equal(scale, torch.ones(32))
 
 
 def test_finer_grids_try_more_candidates() -> None:
     view = Linears(inputs(40, 16), [torch.randn(4, 16)], [per_channel(Int(3))])
-    AWQ(grid=5).scale(view)
+    AWQ(grid=5).fold(view)
     activation = view.absmean
     assert [torch.equal(s, candidate(activation, None, k / 5)) for k, (_, s, _) in enumerate(view.tried)] == [True] * 5
 
@@ -201,7 +201,7 @@ def test_dead_channels_take_the_floor() -> None:
     assert torch.allclose(candidate(activation, None, 0.5).double(), expected, rtol=1e-6)
     view = Linears(inputs(40, 32), [torch.randn(4, 32)], [per_group(Int(3), 16)])
     view.x[:, :5] = 0.0
-    scale = AWQ().scale(view)
+    scale = AWQ().fold(view).scale
     assert scale is not None and scale.isfinite().all()
     assert all(loss == loss and loss < float("inf") for _, _, loss in view.tried)
 

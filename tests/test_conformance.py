@@ -7,6 +7,7 @@ into it by name, quantizes inputs by hooks written from the formula, and must gi
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,16 @@ SCHEMES = [
     "w4a8-g32",
     "fp8",
 ]
+OTHER_FORMATS = [
+    "nvfp4",
+    "mxfp4amxfp8",
+    "mxint8a16",
+    "nf4-g32-double",
+    "wfp6afp8-g16-pow2",
+    "wfp4afp8-g16-m2",
+    "w4a16-g8-row",
+]
+"""On these the methods that fit ranges or round; every slot is seen, not every pairing."""
 METHODS = sorted({*TRANSFORMS, *CLIPS, *ROUNDS} - {"minmax"}) + ["awq+gptq", "smoothquant+gptq", "mse+gptq"]
 
 
@@ -71,6 +82,9 @@ def oracle_logits(name: str, run: Path, ids: torch.Tensor) -> torch.Tensor:
             module = model.get_submodule(path)
             weight = layer.weight.dequantize()
             module.weight.data.copy_(weight.T if isinstance(module, Conv1D) else weight)
+            if layer.input_map is not None:
+                # Held to dense products in test_maps; here inputs must fall on the same codes, to the last bit.
+                module.register_forward_pre_hook(lambda _module, args, map=layer.input_map: (map.apply(args[0]),))
             if layer.activation is not None:
                 module.register_forward_pre_hook(input_quantizer(layer))
     with torch.no_grad():
@@ -79,6 +93,8 @@ def oracle_logits(name: str, run: Path, ids: torch.Tensor) -> torch.Tensor:
 
 def input_quantizer(layer):
     number = layer.activation.number
+    if layer.activation.group > 0:
+        return block_quantizer(number, layer.activation.group)
 
     def hook(_module, args):
         x = args[0].float()
@@ -97,11 +113,39 @@ def input_quantizer(layer):
     return hook
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("method", METHODS)
+def block_quantizer(number, group):
+    """MX with E8M0 scales by the floor rule, in blocks of 32, and NVFP4 with a scale per token, in blocks of 16."""
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+    def hook(_module, args):
+        x = args[0].float().unflatten(-1, (-1, group))
+        amax = x.abs().amax(-1, keepdim=True)
+        if group == 32:
+            scale = torch.exp2(amax.double().log2().floor() - (8 if number.bits == 8 else 2)).float()
+        else:
+            outer = amax.amax((-2, -1), keepdim=True) / 6 / 448
+            scale = (amax / 6 / outer).clamp(2**-6, 448).to(torch.float8_e4m3fn).float() * outer
+        y = x / scale
+        if number.bits == 8:
+            y = y.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        else:
+            y = table[(y.abs()[..., None] - table).abs().argmin(-1)] * y.sign()  # no ties
+        return ((y * scale).flatten(-2),)
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [
+        *product(METHODS, SCHEMES),
+        *product(("rtn", "mse", "gptq", "awq", "smoothquant+gptq"), OTHER_FORMATS),
+    ],
+)
 def test_every_method_on_every_scheme(llama: tuple[Path, Path], tmp_path: Path, method: str, scheme: str) -> None:
     model, text = llama
-    result = quantize(model, text, f"{method}-{scheme}", tmp_path / "out")
+    settings = ["spinquant.steps=1"] if method == "spinquant" else []
+    result = quantize(model, text, f"{method}-{scheme}", tmp_path / "out", settings=settings)
     assert all(0 <= block["error_after"] < 1 for block in result.blocks)
     ids = tokens()
     loaded = lowbit.load(result.path, dtype=torch.float32)

@@ -8,16 +8,20 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny import save_model
 from torch import Tensor
 
+import lowbit
 from lowbit.data import calibrate, evaluation, hub, recipes
 from lowbit.data.calibrate import batches, fingerprint, load_calibration, shuffled, text_windows
 from lowbit.data.evaluation import load_windows
 from lowbit.data.text import check_tokenizer, read_documents, resolve_window, tokenize_documents, windows
+from lowbit.runtime.load import load_tokenizer
 
 WORDS = 50
 BOS = WORDS
@@ -239,6 +243,94 @@ def test_fingerprint_sees_ids_and_shape() -> None:
     assert fingerprint(rows.view(3, 4)) == fingerprint(rows.view(3, 4).int())
     others = [rows.view(4, 3), rows.view(2, 6), rows.view(3, 4).flip(0), rows.view(3, 4) + 1]
     assert len({fingerprint(other) for other in [rows.view(3, 4), *others]}) == 5
+
+
+# --- calibration without a text
+
+
+def test_random_ids_are_uniform_over_the_ordinary_ones(make_tokenizer: Callable[..., Any]) -> None:
+    """Four standard deviations of a multinomial around every one of the 50 words, and no special token."""
+    tokenizer = make_tokenizer("added")
+    tokenizer.add_special_tokens({"eos_token": "</s>", "unk_token": "<unk>"})
+    rows = load_calibration("random", tokenizer, 40, 500, 0)
+    assert all(row.shape == (500,) and row.dtype == torch.int64 for row in rows)
+    counts = torch.cat(rows).bincount(minlength=len(tokenizer))
+    special = set(tokenizer.get_added_vocab().values())
+    assert special and not any(counts[index] for index in special)
+    ordinary = torch.tensor([int(count) for index, count in enumerate(counts) if index not in special])
+    mean = 20000 / len(ordinary)
+    assert float((ordinary - mean).abs().max()) < 4 * mean**0.5
+    again, other = (load_calibration("random", tokenizer, 40, 500, seed) for seed in (0, 1))
+    assert fingerprint(again) == fingerprint(rows) != fingerprint(other)
+
+
+class Chain:
+    """A model of a Markov chain, which says what it was given: after w it gives w+1 with 3/4 and w+2 with 1/4."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int | None]] = []
+
+    def __call__(self, ids: Tensor, *, past_key_values: int | None, use_cache: bool) -> Any:
+        assert use_cache
+        self.steps.append((ids.shape[1], past_key_values))
+        logits = torch.full((*ids.shape, WORDS + 2), -torch.inf)
+        for offset, probability in ((1, 0.75), (2, 0.25)):
+            logits.scatter_(-1, ((ids + offset) % WORDS)[..., None], torch.tensor(probability).log().item())
+        return SimpleNamespace(logits=logits, past_key_values=(past_key_values or 0) + ids.shape[1])
+
+
+@pytest.mark.parametrize("bos", ["added", "none"])
+def test_generated_rows_are_sampled_from_the_model(make_tokenizer: Callable[..., Any], bos: str) -> None:
+    """Steps of 1 and 2 in 3 to 1, one token at a time behind the cache, ten rows in batches of eight."""
+    model = Chain()
+    rows = load_calibration("generated", make_tokenizer(bos), 10, 200, 0, lambda: model)
+    assert len(rows) == 10 and all(row.shape == (200,) for row in rows)
+    head = 1 if bos == "added" else 0
+    assert all(row[0] == BOS for row in rows) if head else any(row[0] != rows[0][0] for row in rows)
+    words = torch.stack(rows)[:, head:]
+    steps = (words[:, 1:] - words[:, :-1]) % WORDS
+    inside = words[:, :-1] < WORDS  # the first id may be another
+    assert set(steps[inside].tolist()) == {1, 2}
+    assert 0.7 < float((steps[inside] == 1).double().mean()) < 0.8
+    lengths = [length for length, _ in model.steps]
+    assert lengths == ([1 + head] + [1] * (198 - head)) * 2
+    assert [cached for _, cached in model.steps[:3]] == [None, 1 + head, 2 + head]
+    again, other = (load_calibration("generated", make_tokenizer(bos), 10, 200, seed, Chain) for seed in (0, 1))
+    assert fingerprint(again) == fingerprint(rows) != fingerprint(other)
+
+
+def test_generated_rows_continue_each_other_as_without_a_cache(tmp_path: Path) -> None:
+    """A real model: the same ids when every step runs the whole prefix again."""
+    path = save_model("llama", tmp_path / "model")
+    model, tokenizer = lowbit.load(path), load_tokenizer(path)
+    rows = load_calibration("generated", tokenizer, 3, 12, 5, lambda: model)
+
+    class Uncached:
+        device = torch.device("cpu")
+
+        def __call__(self, ids: Tensor, *, past_key_values: Tensor | None, use_cache: bool) -> Any:
+            whole = ids if past_key_values is None else torch.cat([past_key_values, ids], 1)
+            return SimpleNamespace(logits=model(whole, use_cache=False).logits, past_key_values=whole)
+
+    plain = load_calibration("generated", tokenizer, 3, 12, 5, Uncached)
+    assert as_lists(plain) == as_lists(rows)
+
+
+def test_made_up_text_calibrates_a_run(tmp_path: Path) -> None:
+    """The plan records the tokens; the whole model in memory is announced, and refused where it does not fit."""
+    path, notices = save_model("llama", tmp_path / "model"), []
+    options: dict[str, Any] = {"samples": 4, "length": 16, "seed": 3}
+    for source in ("random", "generated"):
+        lowbit.quantize(path, "gptq-w4a16-g16", tmp_path / source, calibration=source, notice=notices.append, **options)
+        record = json.loads((tmp_path / source / "plan.json").read_text())["calibration"]
+        tokenizer = load_tokenizer(path)
+        rows = load_calibration(source, tokenizer, 4, 16, 3, lambda: lowbit.load(path))
+        assert record == {"source": source, **options, "tokens": fingerprint(rows)}
+    assert sum("loads the whole model once" in notice for notice in notices) == 1
+    with pytest.raises(ValueError, match=r"loads the whole model, .* calibrate on a text"):
+        lowbit.quantize(path, "gptq-w4a16-g16", tmp_path / "no", calibration="generated", memory=1000, **options)
 
 
 # --- published recipes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.grid import cast_float, fit_range, magnitudes, to_codes, to_values
-from lowbit.numerics.spec import E2M1, E4M3, E5M2, Float, per_channel, per_group, per_tensor
+from lowbit.numerics.spec import E2M1, E2M3, E3M0, E3M2, E4M3, E5M2, Float, per_channel, per_group, per_tensor
 
 TORCH = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
@@ -24,10 +24,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     [
         (E4M3, 2.0**-6, 2.0**-9, 127),
         (E5M2, 2.0**-14, 2.0**-16, 124),
-        (Float(3, 2, 28.0), 0.25, 0.0625, 32),
-        (Float(2, 3, 7.5), 1.0, 0.125, 32),
+        (E3M2, 0.25, 0.0625, 32),
+        (E2M3, 1.0, 0.125, 32),
         (E2M1, 1.0, 0.5, 8),
-        (Float(3, 0, 16.0), 0.25, 0.25, 8),
+        (E3M0, 0.25, 0.25, 8),
     ],
     ids=str,
 )
@@ -41,7 +41,7 @@ def test_enumeration_reproduces_the_table(number: Float, smallest_normal: float,
 
 def test_small_tables_in_full() -> None:
     assert magnitudes(E2M1).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert magnitudes(Float(3, 0, 16.0)).tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
+    assert magnitudes(E3M0).tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
     codes = torch.arange(16, dtype=torch.uint8)
     assert to_values(codes, E2M1).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -78,7 +78,7 @@ def test_cast_equals_torch_bit_for_bit(number: Float) -> None:
     assert torch.equal(to_codes(cast_float(x, number), number), truth.view(torch.uint8))
 
 
-@pytest.mark.parametrize("number", [E2M1, Float(3, 2, 28.0), Float(2, 3, 7.5), Float(3, 0, 16.0)], ids=str)
+@pytest.mark.parametrize("number", [E2M1, E3M2, E2M3, E3M0], ids=str)
 def test_cast_finds_the_nearest_value_and_the_even_one_of_two(number: Float) -> None:
     table = magnitudes(number).tolist()
 
@@ -96,7 +96,7 @@ def test_cast_finds_the_nearest_value_and_the_even_one_of_two(number: Float) -> 
     assert cast_float(x, number).tolist() == expected
 
 
-@pytest.mark.parametrize("number", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("number", [E4M3, E5M2, E3M2, E2M3, E2M1, E3M0], ids=str)
 def test_cast_saturates(number: Float) -> None:
     beyond = torch.tensor([1.0001, 1.04, 1.5, 1e4, 1e30, torch.inf]) * number.largest
     assert (cast_float(beyond, number) == number.largest).all()
@@ -110,7 +110,7 @@ def test_slide_values_of_zeroquant() -> None:
     assert cast_float(x, E4M3).tolist() == [0.40625, 0.3125, 0.203125, 0.1015625, 96.0, 0.001953125]
 
 
-@pytest.mark.parametrize("number", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("number", [E4M3, E5M2, E3M2, E2M3, E2M1, E3M0], ids=str)
 @pytest.mark.parametrize("storage", ["float32", "half"])
 def test_scaled_quantization_is_the_formula(number: Float, storage: str) -> None:
     """x̂ = s·cast(clamp(x/s, ±max)), s = amax/max, taken here in torch's own type where there is one."""
@@ -135,7 +135,7 @@ def test_gaussian_error_of_scaled_e2m1() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("number", [E4M3, E5M2, E2M1], ids=str)
+@pytest.mark.parametrize("number", [E4M3, E5M2, E3M2, E2M3, E2M1, E3M0], ids=str)
 def test_cuda_rounds_to_the_same_bits(number: Float) -> None:
     x = awkward(number)
     assert same_bits(cast_float(x.cuda(), number).cpu(), cast_float(x, number))

@@ -16,11 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.numerics.grid import _CHUNK, Grid, fit_range, grid_from_range, search_mse, search_range, store_scale
+from lowbit.numerics.grid import _CHUNK, Grid, fit_range, grid_from_range, search_mse, search_range
+from lowbit.numerics.scales import store_scale
 from lowbit.numerics.spec import (
     E2M1,
+    E2M3,
+    E3M0,
+    E3M2,
     E4M3,
     E5M2,
+    PLAIN,
     Int,
     Number,
     Rule,
@@ -35,10 +40,10 @@ from lowbit.numerics.spec import (
 )
 
 RULES: tuple[Rule, ...] = get_args(Rule)
-STORAGES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
+STORAGES = PLAIN
 INTEGERS = [Int(b, r) for r in RULES for b in range(1, 9) if (b, r) != (1, "symmetric-restricted")]
 SYMMETRIC = [number for number in INTEGERS if number.symmetric]
-FLOATS = [E4M3, E5M2, E2M1]
+FLOATS = [E4M3, E5M2, E3M2, E2M3, E2M1, E3M0]
 HALF_STEP = 0.5 + 256 * 2.0**-23
 """Half a step and what fp32 loses of a quotient of up to 256 steps."""
 

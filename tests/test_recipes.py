@@ -14,14 +14,31 @@ from typing import Any, ClassVar, get_args
 
 import pytest
 
-from lowbit.methods import CLIPS, ROUNDS, TRANSFORMS
+from lowbit.methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
 from lowbit.methods.awq import AWQ, AWQClip
-from lowbit.methods.base import Clip, Override, Recipe, Round, Scheme, Transform
+from lowbit.methods.base import (
+    Clip,
+    Correct,
+    Override,
+    Recipe,
+    Reconstruct,
+    Rotation,
+    Round,
+    Scheme,
+    Transform,
+)
+from lowbit.methods.flatquant import FlatQuant
+from lowbit.methods.gptaq import GPTAQ
 from lowbit.methods.gptq import GPTQ
+from lowbit.methods.lorc import LoRC
 from lowbit.methods.mse import MSEClip
+from lowbit.methods.omniquant import OmniQuant
+from lowbit.methods.quarot import QuaRot
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.signround import SignRound
 from lowbit.methods.smoothquant import SmoothQuant
-from lowbit.numerics.spec import Float, Int, Number, Rule, ScaleDtype, Spec
+from lowbit.numerics.kv import KV
+from lowbit.numerics.spec import NF4, PLAIN, Float, Int, Number, Rule, ScaleDtype, Spec
 from lowbit.recipes import (
     NAMED,
     Calibration,
@@ -41,6 +58,9 @@ DOCS = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text("
 
 FP8 = Float(4, 3, 448.0)
 FP4 = Float(2, 1, 6.0)
+FP6 = Float(3, 2, 28.0)
+MXFP4 = Spec(FP4, (1, 32), "e8m0")
+A4 = Spec(Int(4), (1, -1), "float32", dynamic=True)
 A8 = Spec(Int(8), (1, -1), "float32", dynamic=True)
 AFP8 = Spec(FP8, (1, -1), "float32", dynamic=True)
 
@@ -53,16 +73,29 @@ def weights(bits: int, group: int = -1, rule: Rule = "symmetric", scale: ScaleDt
 
 
 def test_registry() -> None:
-    assert {*TRANSFORMS} == {"smoothquant", "awq"}
+    assert {*TRANSFORMS} == {"quarot", "spinquant", "smoothquant", "awq", "osplus"}
     assert {*CLIPS} == {"minmax", "mse", "awqclip"}
-    assert {*ROUNDS} == {"rtn", "gptq"}
+    assert {*ROUNDS} == {"rtn", "gptq", "gptaq"}
+    before = {name for name, kind in RECONSTRUCTS.items() if not kind.after}
+    assert before == {"omniquant", "affinequant", "flatquant"}
+    assert {*RECONSTRUCTS} - before == {"signround", "tesseraq", "lkd", "zqglobal", "zqlocal"}
+    assert {*CORRECTS} == {"lorc"}
 
 
-@pytest.mark.parametrize(("slot", "kinds"), [(Transform, TRANSFORMS), (Clip, CLIPS), (Round, ROUNDS)])
-def test_registered_methods_fill_their_slot(slot: type, kinds: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("slots", "kinds"),
+    [
+        ((Transform, Rotation), TRANSFORMS),
+        ((Clip,), CLIPS),
+        ((Round,), ROUNDS),
+        ((Reconstruct,), RECONSTRUCTS),
+        ((Correct,), CORRECTS),
+    ],
+)
+def test_registered_methods_fill_their_slot(slots: tuple[type, ...], kinds: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         method = kind()
-        assert isinstance(method, slot)
+        assert sum(isinstance(method, slot) for slot in slots) == 1
         assert hash(method) == hash(kind())
         assert kind.name == name
 
@@ -107,7 +140,36 @@ NAMES: dict[str, Recipe] = {
     "rtn-fp8a16": Recipe(Scheme(Spec(FP8, (1, -1), "float32")), RTN(), MinMaxClip()),
     "rtn-wfp8": Recipe(Scheme(Spec(FP8, (1, -1), "float32")), RTN(), MinMaxClip()),
     "rtn-wfp8a8-g128": Recipe(Scheme(Spec(FP8, (1, 128), "float32"), A8), RTN(), MinMaxClip()),
+    # block formats, codebooks and what scales may be
+    "rtn-nvfp4": Recipe(Scheme(Spec(FP4, (1, 16), "e4m3"), Spec(FP4, (1, 16), "e4m3", True)), RTN(), MinMaxClip()),
+    "rtn-nvfp4a16": Recipe(Scheme(Spec(FP4, (1, 16), "e4m3")), RTN(), MinMaxClip()),
+    "rtn-nvfp4afp8": Recipe(Scheme(Spec(FP4, (1, 16), "e4m3"), AFP8), RTN(), MinMaxClip()),
+    "gptq-mxfp4": Recipe(Scheme(MXFP4, replace(MXFP4, dynamic=True)), GPTQ(), AWQClip()),
+    "rtn-mxfp4amxfp8": Recipe(Scheme(MXFP4, Spec(FP8, (1, 32), "e8m0", True)), RTN(), MinMaxClip()),
+    "rtn-mxfp6a16": Recipe(Scheme(Spec(FP6, (1, 32), "e8m0")), RTN(), MinMaxClip()),
+    "rtn-mxint8a16": Recipe(Scheme(Spec(Int(8), (1, 32), "e8m0")), RTN(), MinMaxClip()),
+    "rtn-w8amxint8": Recipe(
+        Scheme(weights(8, scale="float32"), Spec(Int(8), (1, 32), "e8m0", True)), RTN(), MinMaxClip()
+    ),
+    "rtn-wfp6afp6-g128": Recipe(
+        Scheme(Spec(FP6, (1, 128), "half"), Spec(FP6, (1, -1), "float32", True)), RTN(), MinMaxClip()
+    ),
+    "rtn-wfp4afp4": Recipe(Scheme(Spec(FP4, (1, -1)), Spec(FP4, (1, -1), "float32", True)), RTN(), MinMaxClip()),
+    "rtn-nf4": Recipe(Scheme(Spec(NF4, (1, 64), "half")), RTN(), MinMaxClip()),
+    "rtn-nf4a16-g128-double": Recipe(Scheme(Spec(NF4, (1, 128), "double")), RTN(), MinMaxClip()),
+    "rtn-wfp4afp8-g256-pow2": Recipe(Scheme(Spec(FP4, (1, 256), "e8m0-rceil"), AFP8), RTN(), MinMaxClip()),
+    "gptq-wfp4afp8-g256-m2": Recipe(Scheme(Spec(FP4, (1, 256), "m2"), AFP8), GPTQ(), AWQClip()),
+    "rtn-w8a8-g16-row": Recipe(Scheme(Spec(Int(8), (16, -1), "float32"), A8), RTN(), MinMaxClip()),
     "rtn-wfp4a16-g32": Recipe(Scheme(Spec(FP4, (1, 32), "half")), RTN(), MinMaxClip()),
+    # rotations, training, corrections, caches
+    "quarot+gptq-w4a4kv4": Recipe(Scheme(weights(4), A4, kv=KV(4, 4)), GPTQ(), AWQClip(), (QuaRot(),)),
+    "flatquant-w4a4kv4": Recipe(Scheme(weights(4), A4, kv=KV(4, 4)), RTN(), MinMaxClip(), reconstruct=(FlatQuant(),)),
+    "rtn-w16a16k4v2": Recipe(Scheme(None, kv=KV(4, 2)), RTN(), MinMaxClip()),
+    "gptq+lorc32-w3a16": Recipe(Scheme(weights(3)), GPTQ(), AWQClip(), correct=(LoRC(rank=32),)),
+    "lorc-w3": Recipe(Scheme(weights(3)), RTN(), MinMaxClip(), correct=(LoRC(rank=8),)),
+    "awq+mse+omniquant+gptaq+signround+lorc4-w2": Recipe(
+        Scheme(weights(2)), GPTAQ(), MSEClip(), (AWQ(),), "", (OmniQuant(), SignRound()), (LoRC(rank=4),)
+    ),
 }
 
 
@@ -116,32 +178,37 @@ def test_names_mean_these_objects(name: str) -> None:
     assert parse(name) == replace(NAMES[name], name=name)
 
 
-KNOWN = "(known: smoothquant, awq, minmax, mse, awqclip, rtn, gptq)"
-START = "a scheme begins with w1 to w8, w16, wfp8, wfp4 or fp8 in this version"
-AFTER = "this version knows a2 to a8, a16 and afp8 there"
+KNOWN = (
+    "(known: quarot, spinquant, smoothquant, awq, osplus, minmax, mse, awqclip, flatquant, omniquant, affinequant, "
+    "rtn, gptq, gptaq, signround, tesseraq, lkd, zqglobal, zqlocal, lorc)"
+)
+ORDER = (
+    "transforms come first, then the clip, what is trained before rounding, rounding, what is trained after it, "
+    "corrections: "
+)
+START = (
+    "a scheme begins with w1 to w8, w16, wfp8, wfp6, wfp4, fp8, nf4, nvfp4, mxfp4, mxfp6, mxfp8 or mxint8"
+    " in this version"
+)
+AFTER = "this version knows a2 to a8, a16, afp8, afp6, afp4, anvfp4, amxfp4, amxfp6, amxfp8 or amxint8 there"
+OPTIONS = "(known: -gGROUP, -kvgGROUP, -kivi, -asym, -pow2, -m2, -double, -row, -static)"
 
 REFUSED_NAMES = {
     # the design's examples that belong to later versions
-    "quarot+gptq-w4a4kv4": f"unknown method 'quarot' {KNOWN}",
-    "flatquant-w4a4kv4": f"unknown method 'flatquant' {KNOWN}",
-    "rtn-w16a16k4v2": f"cannot read 'k4v2' in 'w16a16k4v2': {AFTER}",
-    "gptq+lorc32-w3a16": f"unknown method 'lorc32' {KNOWN}",
-    "rtn-nvfp4a16": f"cannot read 'nvfp4a16': {START}",
     "quip-w2a16": f"unknown method 'quip' {KNOWN}",
     "pbllm-1.7": f"unknown method 'pbllm' {KNOWN}",
     "wanda50": f"unknown method 'wanda50' {KNOWN}",
     "sparsegpt2:4+gptq-w4a16-g128": f"unknown method 'sparsegpt2:4' {KNOWN}",
     "gptq-g128": f"cannot read 'g128': {START}",
     "papers/gptq": f"unknown method 'papers/gptq' {KNOWN}",
-    "rtn-w4a16-head8": "unknown option '-head8' (known: -gGROUP, -asym, -static)",
-    "rtn-w4a16-pow2": "unknown option '-pow2' (known: -gGROUP, -asym, -static)",
+    "rtn-w4a16-head8": f"unknown option '-head8' {OPTIONS}",
     # methods
     "gtpq-w4a16": f"unknown method 'gtpq', did you mean 'gptq'? {KNOWN}",
     "smothquant+gptq-w4a16": f"unknown method 'smothquant', did you mean 'smoothquant'? {KNOWN}",
     "RTN-w4a16": f"unknown method 'RTN', did you mean 'rtn'? {KNOWN}",
     "rtn+-w4a16": f"unknown method '' {KNOWN}",
-    "gptq+awq-w4a16": "transforms come first, then the clip, then rounding: awq+gptq",
-    "gptq+mse+awq-w4a16": "transforms come first, then the clip, then rounding: awq+mse+gptq",
+    "gptq+awq-w4a16": f"{ORDER}awq+gptq",
+    "gptq+mse+awq-w4a16": f"{ORDER}awq+mse+gptq",
     "rtn+gptq-w4a16": "rtn and gptq both choose the codes: keep one of them",
     "mse+awqclip-w4a16": "mse and awqclip both choose the range of the codes: keep one of them",
     "awq+awq-w4a16": "awq is named twice: once is enough",
@@ -159,9 +226,9 @@ REFUSED_NAMES = {
     "rtn-w4a16x": f"cannot read 'x' in 'w4a16x': {AFTER}",
     "rtn-a8": f"cannot read 'a8': {START}",
     # options
-    "rtn-w4-assym": "unknown option '-assym', did you mean '-asym'? (known: -gGROUP, -asym, -static)",
-    "rtn-w4-g": "unknown option '-g' (known: -gGROUP, -asym, -static)",
-    "rtn-w4-g-1": "unknown option '-g' (known: -gGROUP, -asym, -static)",
+    "rtn-w4-assym": f"unknown option '-assym', did you mean '-asym'? {OPTIONS}",
+    "rtn-w4-g": f"unknown option '-g' {OPTIONS}",
+    "rtn-w4-g-1": f"unknown option '-g' {OPTIONS}",
     "rtn-w4-g0": "a group has at least one column: -g128 is usual, and no -g means whole rows",
     "rtn-w4-g64-g128": "-g64 and -g128 give two group sizes: keep one of them",
     "rtn-w4-asym-asym": "-asym is given twice: once is enough",
@@ -169,6 +236,17 @@ REFUSED_NAMES = {
     "rtn-w4a16-static": "-static describes quantized activations, and there are none: drop it, or add a8 or afp8",
     "rtn-w16a8-asym": "-g and -asym describe quantized weights, and w16 has none: drop them",
     "rtn-w16a8-g64": "-g and -asym describe quantized weights, and w16 has none: drop them",
+    "rtn-w4a16-g32-asym-pow2": "e8m0-rceil scales have no zero-points: drop the asymmetric rule, or use half",
+    "rtn-w4-g32-pow2-m2": "-pow2 and -m2 both say how scales are stored: keep one of them",
+    "rtn-w4-m2": "-m2 relates the groups of a row, and there is one: write for instance -g256-m2",
+    "rtn-w4-g4-row-m2": "-m2 relates the groups of a row, and there is one: write for instance -g256-m2",
+    "rtn-w4-row": "-row lets whole rows share a scale, -g saying how many: write for instance -g16-row",
+    "rtn-nvfp4-g32": "fp4 e2m1, group 16, e4m3 scales is a whole format: drop -g32",
+    "rtn-mxfp4-asym-pow2": "fp4 e2m1, group 32, e8m0 scales is a whole format: drop -asym and -pow2",
+    "rtn-mxint8-static": "the ranges of int8, group 32, e8m0 scales come with the values: drop -static",
+    "rtn-nf4-asym": "-asym needs integers, and nf4 has no zero-point: drop it",
+    "rtn-nf4anf4": f"cannot read 'anf4' in 'nf4anf4': {AFTER}",
+    "rtn-nvfp4afp9": f"cannot read 'afp9' in 'nvfp4afp9': {AFTER}",
 }
 
 
@@ -184,12 +262,14 @@ def test_refused_names(name: str) -> None:
 
 def many_names() -> Iterator[str]:
     methods = ("rtn", "gptq", "awq", "awq+gptq", "mse+gptq", "smoothquant+awq+awqclip+gptq")
-    formats = ("w1", "w4", "w8", "w8a8", "w4a8", "w6a6", "wfp8", "fp8", "fp8a16", "wfp4afp8")
+    formats = ("w1", "w4", "w8", "w8a8", "w4a8", "w6a6", "wfp8", "fp8", "fp8a16", "wfp4afp8", "nf4", "wfp6")
     for parts in itertools.product(methods, formats, ("", "-g32"), ("", "-asym"), ("", "-static")):
-        asym_float = "fp" in parts[1] and parts[3]
-        static_nothing = parts[1] in ("w1", "w4", "w8", "wfp8", "fp8a16") and parts[4]
+        asym_float = "f" in parts[1] and parts[3]
+        static_nothing = parts[1] in ("w1", "w4", "w8", "wfp8", "fp8a16", "nf4", "wfp6") and parts[4]
         if not (asym_float or static_nothing):
             yield f"{parts[0]}-{''.join(parts[1:])}"
+    for scheme in ("nvfp4", "mxfp4amxfp8", "mxint8a16", "nf4-double", "wfp4afp8-g64-pow2", "w4-g64-m2", "w8-g4-row"):
+        yield f"gptq-{scheme}"
 
 
 def test_documents_round_trip() -> None:
@@ -212,14 +292,18 @@ SCALES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
 def specs() -> Iterator[tuple[Spec, Spec]]:
     """Weight formats of every rule, block and scale type, each with an activation format."""
     numbers: list[Number] = [Int(bits, rule) for bits in (2, 8) for rule in RULES]
-    numbers += [FP8, Float(5, 2, 57344.0), FP4]
+    numbers += [FP8, Float(5, 2, 57344.0), FP4, FP6, Float(2, 3, 7.5), Float(3, 0, 16.0), NF4]
     inputs = [((1, -1), True), ((-1, -1), False), ((-1, -1), True), ((1, 64), True), ((-1, 64), False)]
     for i, number in enumerate(numbers):
+        asymmetric = isinstance(number, Int) and not number.symmetric
         for j, block in enumerate([(1, -1), (-1, -1), (1, 32), (1, 1), (128, 128), (4, -1), (-1, 8), (3, 5)]):
-            scale = SCALES[(i + j) % len(SCALES)]
-            if not (isinstance(number, Int) and not number.symmetric and block in ((128, 128), (3, 5))):
+            scales = PLAIN if asymmetric else SCALES
+            scale = scales[(i + j) % len(scales)]
+            if not (asymmetric and block in ((128, 128), (3, 5))):
                 shape, dynamic = inputs[j % len(inputs)]
-                yield Spec(number, block, scale), Spec(number, shape, scale, dynamic)
+                yield Spec(number, block, scale), Spec(number, shape, PLAIN[j % 4] if dynamic else scale, dynamic)
+                if dynamic and not asymmetric:
+                    yield Spec(number, block, scale), Spec(number, shape, ("e8m0", "e4m3", "e8m0-even")[j % 3], True)
 
 
 def test_formats_round_trip() -> None:
@@ -247,6 +331,7 @@ def test_document_layout() -> None:
         "scheme:\n"
         "  weights: {format: int4, rule: symmetric, group: 64, scale: half}\n"
         "  activations: {format: int8, rule: symmetric, per: token, scale: float32}\n"
+        "  kv: null\n"
         "  overrides:\n"
         "  - pattern: '*.down_proj'\n"
         "    weights:\n"
@@ -261,6 +346,8 @@ def test_document_layout() -> None:
         "  mse: {grid: 100, maxshrink: 0.8, norm: 2.4}\n"
         "round:\n"
         "  rtn: {}\n"
+        "reconstruct: []\n"
+        "correct: []\n"
         "calibration: {source: c4, samples: 128, seed: 0}\n"
     )
 
@@ -277,6 +364,14 @@ def test_document_layout() -> None:
         ("scheme: {weights: {format: fp8-e4m3}, activations: {format: fp8-e4m3}}", "fp8"),
         ("scheme: {weights: {format: fp8-e4m3}}", "fp8a16"),
         ("scheme: {weights: {format: fp4-e2m1, group: 32}}", "wfp4-g32"),
+        ("scheme: {weights: {format: nf4, group: 64, scale: double}}", "nf4-double"),
+        ("scheme: {weights: {format: int8, block: [16, -1]}}", "w8-g16-row"),
+        ("scheme: {weights: {format: fp4-e2m1, group: 16, scale: e4m3}}", "nvfp4a16"),
+        (
+            "{scheme: {weights: {format: fp4-e2m1, group: 32, scale: e8m0},"
+            " activations: {format: fp8-e4m3, group: 32, scale: e8m0}}}",
+            "mxfp4amxfp8",
+        ),
     ],
 )
 def test_short_documents_mean_what_names_mean(short: str, name: str) -> None:
@@ -289,13 +384,14 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     ({}, "the scheme is missing: add for instance scheme: {weights: {format: int4, group: 128}}"),
     (
         {"sheme": W4},
-        "unknown key 'sheme', did you mean 'scheme'? (known: name, scheme, transforms, clip, round, calibration)",
+        "unknown key 'sheme', did you mean 'scheme'? (known: name, scheme, transforms, clip, round, reconstruct, "
+        "correct, calibration)",
     ),
     ({"scheme": W4, "name": 4}, "name: input should be a valid string, not 4"),
-    ({"scheme": {}}, "scheme: nothing is quantized, give weights or activations a format"),
+    ({"scheme": {}}, "scheme: nothing is quantized, give weights, activations or kv a format"),
     (
         {"scheme": {"weigths": None}},
-        "unknown key 'scheme.weigths', did you mean 'weights'? (known: weights, activations, overrides)",
+        "unknown key 'scheme.weigths', did you mean 'weights'? (known: weights, activations, kv, overrides)",
     ),
     ({"scheme": {"weights": "int4"}}, "scheme.weights: expected a mapping of keys to values, not 'int4'"),
     (
@@ -305,16 +401,19 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     (
         {"scheme": {"activations": {"group": 4}}},
         "scheme.activations: the format is missing (known: int1, int2, int3, int4, int5, int6, int7, int8, fp8-e4m3, "
-        "fp8-e5m2, fp4-e2m1)",
+        "fp8-e5m2, "
+        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4)",
     ),
     (
         {"scheme": {"weights": {"format": "fp8-e4m4"}}},
         "scheme.weights.format: unknown format 'fp8-e4m4', did you mean 'fp8-e4m3'? (known: int1, int2, int3, int4, "
-        "int5, int6, int7, int8, fp8-e4m3, fp8-e5m2, fp4-e2m1)",
+        "int5, int6, int7, int8, fp8-e4m3, fp8-e5m2, "
+        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4)",
     ),
     (
         {"scheme": {"weights": {"format": "int4", "scale": "fp32"}}},
-        "scheme.weights.scale: unknown scale type 'fp32' (known: half, float32, bfloat16, float16)",
+        "scheme.weights.scale: unknown scale type 'fp32' (known: half, float32, bfloat16, float16, e8m0, e8m0-rceil, "
+        "e8m0-ceil, e8m0-even, e4m3, m2, m2-ceil, double)",
     ),
     (
         {"scheme": {"weights": {"format": "fp8-e4m3", "rule": "symmetric"}}},
@@ -360,7 +459,8 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     (
         {"scheme": {**W4, "overrides": [{"pattern": "x"}, {"pattern": "y", "weights": {"format": "int44"}}]}},
         "scheme.overrides[1].weights.format: unknown format 'int44', did you mean 'int4'? (known: int1, int2, int3, "
-        "int4, int5, int6, int7, int8, fp8-e4m3, fp8-e5m2, fp4-e2m1)",
+        "int4, int5, int6, int7, int8, fp8-e4m3, fp8-e5m2, "
+        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4)",
     ),
     (
         {"scheme": W4, "round": {"gptq": {"dampp": 1}}},
@@ -381,7 +481,10 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
         {"scheme": W4, "round": {"gptq": {"groups": "stail"}}},
         "round.gptq.groups: input should be 'static', 'fresh' or 'stale', not 'stail'",
     ),
-    ({"scheme": W4, "round": "gtpq"}, "round: unknown round method 'gtpq', did you mean 'gptq'? (known: rtn, gptq)"),
+    (
+        {"scheme": W4, "round": "gtpq"},
+        "round: unknown round method 'gtpq', did you mean 'gptq'? (known: rtn, gptq, gptaq)",
+    ),
     ({"scheme": W4, "clip": {"gptq": {}}}, "clip: gptq is a round method, not a clip method"),
     (
         {"scheme": W4, "round": {"gptq": {}, "rtn": {}}},
@@ -503,7 +606,7 @@ def test_settings_apply_in_order_and_reach_the_calibration() -> None:
 GPTQ_SETTINGS = (
     "awqclip.grid, awqclip.maxshrink, gptq.damp, gptq.act_order, gptq.groups, gptq.true_sequential, gptq.block"
 )
-DOCUMENT_KEYS = "name, scheme, transforms, clip, round, calibration"
+DOCUMENT_KEYS = "name, scheme, transforms, clip, round, reconstruct, correct, calibration"
 REFUSED_SETTINGS = {
     "gptq.damp": "write SETTING=VALUE, as in gptq.damp=0.05",
     "=3": "write SETTING=VALUE, as in gptq.damp=0.05",
@@ -515,12 +618,12 @@ REFUSED_SETTINGS = {
     "gptq.damp=": "round.gptq.damp: input should be a valid number, not None",
     "gptq.damp=[": "line 1 is not YAML (expected the node content, but found '<stream end>')",
     "scheme.weigths.group=3": "unknown key 'scheme.weigths', did you mean 'weights'? (known: weights, activations, "
-    "overrides)",
+    "kv, overrides)",
     "scheme.weights.gruop=3": "unknown key 'scheme.weights.gruop', did you mean 'group'? (known: format, rule, group, "
     "block, scale)",
     "scheme.activations.per=tensor": "scheme.activations has no parts to set here, give it whole or in a recipe file",
     "transforms.0=awq": "transforms has no parts to set here, give it whole or in a recipe file",
-    "scheme.weights=null": "scheme: nothing is quantized, give weights or activations a format",
+    "scheme.weights=null": "scheme: nothing is quantized, give weights, activations or kv a format",
 }
 
 
@@ -648,7 +751,7 @@ def test_docs_commands_are_understood(tmp_path: Path) -> None:
 
 
 def test_docs_name_every_word() -> None:
-    for word in (*TRANSFORMS, *CLIPS, *ROUNDS, *(each.name for each in fields(Calibration))):
+    for word in (*TRANSFORMS, *CLIPS, *ROUNDS, *RECONSTRUCTS, *CORRECTS, *(each.name for each in fields(Calibration))):
         assert f"`{word}`" in DOCS
     names = re.findall(r"`((?:[a-z]+\+)*[a-z]+-w[0-9]a16[a-z0-9-]*)`", DOCS)
     assert len(names) > len(NAMED) / 2

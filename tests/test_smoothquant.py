@@ -62,7 +62,7 @@ def inputs(tokens: int = 50, width: int = 32) -> Tensor:
 
 
 def smooth(view: EdgeView, alpha: float = 0.5) -> Tensor:
-    scale = SmoothQuant(alpha).scale(view)
+    scale = SmoothQuant(alpha).fold(view).scale
     assert scale is not None
     return scale
 
@@ -146,15 +146,15 @@ def test_inputs_that_are_not_finite_are_left_alone(bad: float) -> None:
 def test_only_norms_are_smoothed_unless_all_edges() -> None:
     x, w = inputs(), torch.randn(6, 32)
     rows = Linears(x, [w], Rows(Site("up", (32, 8))))
-    assert SmoothQuant().scale(rows) is None
-    everywhere = SmoothQuant(all_edges=True).scale(rows)
+    assert SmoothQuant().fold(rows) is None
+    everywhere = SmoothQuant(all_edges=True).fold(rows).scale
     assert everywhere is not None and torch.equal(everywhere, smooth(Linears(x, [w])))
 
 
 def test_grouped_queries_share_a_scale() -> None:
     """Six reader channels read three source channels: ranges are pooled on both sides before the formula."""
     channels, x, w = (0, 1, 0, 1, 2, 2), inputs(width=32)[:, :6], torch.randn(5, 6)
-    scale = SmoothQuant(0.7, all_edges=True).scale(Linears(x, [w], Rows(Site("v", (3, 8))), channels))
+    scale = SmoothQuant(0.7, all_edges=True).fold(Linears(x, [w], Rows(Site("v", (3, 8))), channels)).scale
     pools = [[0, 2], [1, 3], [4, 5]]
     expected = torch.stack([x[:, p].abs().max() ** 0.7 / w[:, p].abs().max() ** 0.3 for p in pools])
     assert scale is not None and torch.allclose(scale, expected, rtol=1e-6)

@@ -11,6 +11,9 @@ from families import TINY, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import lowbit
+from lowbit.data.calibrate import load_calibration
+
 WORDS = 120
 
 
@@ -40,3 +43,12 @@ def save_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
     half = [" ".join(f"w{draw.randrange(WORDS)}" for _ in range(words // 2)) for _ in range(2)]
     path.write_text(f"{half[0]}\n<|endoftext|>\n{half[1]}\n", encoding="utf8")
     return path
+
+
+@torch.no_grad()
+def first_block_error(model: Path, saved: Path, text: Path, samples: int, length: int) -> float:
+    """What a report calls the first block's error, from two loaded models: relative squared error of its output."""
+    original, loaded = (lowbit.load(path, dtype=torch.float32) for path in (model, saved))
+    ids = torch.stack(load_calibration(str(text), tokenizer(original.config.vocab_size), samples, length, 0))
+    target, output = (each(ids, output_hidden_states=True).hidden_states[1] for each in (original, loaded))
+    return float((output - target).square().sum() / target.square().sum())

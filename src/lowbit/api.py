@@ -98,6 +98,11 @@ class Prepared:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def seed(self) -> int:
+        """Seed of everything random in the run."""
+        return int((self.record["calibration"] or {}).get("seed", 0))
+
 
 def prepare(request: Request) -> Prepared:
     """Check a request against its model and make the plan; refuses in seconds, before a weight is read."""
@@ -117,10 +122,13 @@ def prepare(request: Request) -> Prepared:
     checkpoint = Checkpoint.open(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
     skeleton, anatomy = anatomy_of(checkpoint, request.trust_remote_code)
     dtype = _dtype(request.dtype, checkpoint.config.dtype, device)
-    refuse = _target(request.target)
+    refuse = _target(request.target, loaded.recipe)
     windows, calibration = _calibration(request, loaded, checkpoint) if loaded.recipe.calibrated else ([], None)
     tokens = sum(window.numel() for window in windows)
-    plan = make_plan(checkpoint, anatomy, loaded.recipe, tokens=tokens, dtype=dtype, refuse=refuse)
+    window = max((window.numel() for window in windows), default=0)
+    plan = make_plan(
+        checkpoint, anatomy, loaded.recipe, tokens=tokens, dtype=dtype, refuse=refuse, window=window, device=device
+    )
     record = {
         "numerics": VERSION,
         "model": checkpoint.fingerprint(),
@@ -150,6 +158,7 @@ def anatomy_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple
 def run(request: Request) -> Quantized:
     """Carry a request out, from wherever an earlier run of it was interrupted."""
     from .formats.native import sizes
+    from .stream.rotation import unties
     from .stream.run import RunDirectory
     from .stream.sweep import Progress, Sweep
 
@@ -160,7 +169,7 @@ def run(request: Request) -> Quantized:
     directory = RunDirectory(Path(request.output), len(prepared.plan.anatomy.blocks))
     with directory.opened(prepared.record, restart=request.restart):
         if not directory.complete:
-            _write_config(prepared.checkpoint.path, directory.path)
+            _write_config(prepared.checkpoint.path, directory.path, unties(prepared.plan.anatomy, prepared.plan.recipe))
             Sweep(
                 prepared.plan,
                 prepared.skeleton,
@@ -170,6 +179,7 @@ def run(request: Request) -> Quantized:
                 prepared.dtype,
                 prepared.device,
                 _hidden_budget(request.memory, prepared.plan),
+                prepared.seed,
                 Progress(request.on_block),
             ).execute()
             directory.log({"total": True, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()})
@@ -228,6 +238,7 @@ def evaluate(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     place = _device(device)
     loaded = load(model, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
+    _as_decoded(loaded)
     check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
     length, shrunk = resolve_window(window, 2048, context_of(loaded.config))
     if shrunk is not None and texts:
@@ -357,6 +368,8 @@ def generate(
     import torch
 
     from .data.text import tokenize_documents
+    from .modules.attention import attached
+    from .runtime.cache import quantized_cache
     from .runtime.load import load, load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -366,10 +379,21 @@ def generate(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    cache = {"past_key_values": quantized_cache(loaded)} if attached(loaded) else {}
     output = loaded.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling, **cache
     )
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _as_decoded(model: PreTrainedModel) -> None:
+    """Let a KIVI model be measured as it decodes: prefill attends to exact keys and values, which hides the cost."""
+    from .modules.attend import decode_kivi
+    from .modules.attention import attached
+
+    for path, layer in attached(model).items():
+        if layer.kv.layout == "channel":
+            decode_kivi(model.get_submodule(path))
 
 
 def _count_bits(report: EvaluationReport, model: str | Path, trust_remote_code: bool) -> None:
@@ -426,15 +450,18 @@ def _dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch
     return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
 
 
-def _target(name: str | None) -> Refuse | None:
-    """What the export format asked for objects to, as the plan asks it."""
+def _target(name: str | None, recipe: Recipe) -> Refuse | None:
+    """What the export format asked for objects to, as the plan asks it; of the whole model, at once."""
     from .formats.base import find
 
     if name is None:
         return None
     form = find(name)
-    return lambda weights, inputs, site, ordered: form.refuse(
-        weights, inputs, transposed=site.transposed, ordered=ordered
+    reason = form.refuse_whole(cached=recipe.scheme.kv is not None, corrected=bool(recipe.correct))
+    if reason is not None:
+        raise ValueError(reason)
+    return lambda weights, inputs, site, ordered, mapped: form.refuse(
+        weights, inputs, transposed=site.transposed, ordered=ordered, mapped=mapped
     )
 
 
@@ -459,8 +486,21 @@ def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple
     defaults = Calibration()
     source = chosen("source", defaults.source)
     samples, seed = chosen("samples", defaults.samples), chosen("seed", defaults.seed)
-    windows = load_calibration(source, tokenizer, samples, length, seed)
+    windows = load_calibration(source, tokenizer, samples, length, seed, lambda: _whole_model(request, checkpoint))
     return windows, {"source": Path(source).name, "samples": samples, "length": length, "seed": seed}
+
+
+def _whole_model(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that generated calibration samples from: the one thing that takes all of it in memory at once."""
+    size, place = checkpoint.nbytes(checkpoint.names()), _device(request.device)
+    free = _free_memory() if request.memory is None else request.memory
+    if size > free:
+        raise ValueError(
+            f"generated calibration loads the whole model, {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            "free: calibrate on a text, or on --calibration random"
+        )
+    request.notice(f"generated calibration loads the whole model once, {size / 2**30:.1f} GiB, before blocks are read")
+    return load(checkpoint.path, device=place, trust_remote_code=request.trust_remote_code)
 
 
 def _given_windows(
@@ -477,19 +517,24 @@ def _given_windows(
     return rows, {"source": "tokens", "samples": len(rows), "length": max(map(len, rows)), "seed": seed}
 
 
+def _free_memory() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
 def _hidden_budget(memory: int | None, plan: Plan) -> int:
     """Bytes of hidden states that may stay in memory."""
     if memory is None:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2)
+        return _free_memory() // 2
     return max(0, memory - (plan.peak_bytes - plan.hidden_bytes))
 
 
-def _write_config(source: Path, output: Path) -> None:
-    """config.json with lowbit's mark, and the tokenizer's and generation files as they are."""
+def _write_config(source: Path, output: Path, untied: bool) -> None:
+    """config.json with lowbit's mark, and other files as they are; `untied` says that the head is its own."""
     from .formats.base import copy_companions, read_config
     from .formats.files import write_json
     from .formats.native import VERSION
 
     mark = {"quant_method": "lowbit", "version": VERSION}
     copy_companions(source, output)
-    write_json(output / "config.json", {**read_config(source), "quantization_config": mark})
+    head = {"tie_word_embeddings": False} if untied else {}
+    write_json(output / "config.json", {**read_config(source), **head, "quantization_config": mark})

@@ -119,7 +119,8 @@ def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> N
     text.add_argument(
         "--calibration",
         metavar="NAME|FILE.txt",
-        help="a text file, a published set (wikitext2, c4, ptb, pile …), or demo (packaged; the default)",
+        help="a text file, a published set (wikitext2, c4, ptb, pile …), demo (packaged; the default), random (token "
+        "ids), or generated (sampled from the model, which must fit into memory)",
     )
     text.add_argument("--samples", type=int, help="windows of text (default 128)")
     text.add_argument("--length", type=int, help="tokens in a window (default 2048, or the model's context)")
@@ -380,6 +381,9 @@ def _recipes(arguments: argparse.Namespace) -> None:
         return
     for name, purpose in recipes.NAMED.items():
         print(f"{name:34} {purpose}")
+    print("\nas published, with the paper's calibration and the figure to meet:")
+    for name in recipes.PAPERS:
+        print(f"{f'papers/{name}':34} {recipes.summary(name)}")
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Calibration samples from the packaged text, a text file, or a published set by name.
+"""Calibration samples from the packaged text, a text file, a published set by name, or made up (see ``synthetic``).
 
 Samples are a plain list of token rows, because one published recipe is ragged and a list needs no padding and no mask;
 ``batches`` stacks rows of equal length for the forward pass. All samples are in memory: 128 rows of 2048 ids are 2 MB.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import hub, recipes
 from .local import PACKAGED, local_documents
+from .synthetic import GENERATED, RANDOM, generated_rows, random_rows
 from .text import Tokenizer, require_tokens, tokenize_documents
 
 SHUFFLED = ":shuffled"
@@ -44,14 +46,18 @@ class Calibration:
     seed: int = 0
 
 
-def load_calibration(source: str, tokenizer: Tokenizer, samples: int, length: int, seed: int) -> list[Tensor]:
+def load_calibration(
+    source: str, tokenizer: Tokenizer, samples: int, length: int, seed: int, model: Callable[[], Any] | None = None
+) -> list[Tensor]:
     """Rows of token ids, each int64 [L] (of at most L tokens for ``pile-smoothquant``).
 
     Args:
-        source: ``demo`` (the text in the package), a name of :data:`NAMED`, or the path of a text file; with
-            ``:shuffled`` behind it the tokens of every row are permuted, a control for what token order is worth.
+        source: ``demo`` (the text in the package), a name of :data:`NAMED`, the path of a text file, ``random`` (ids
+            drawn uniformly) or ``generated`` (text sampled from the model); with ``:shuffled`` behind it the tokens of
+            every row are permuted, a control for what token order is worth.
         samples: rows wanted. ``pile-awq`` counts documents instead and gives fewer rows.
         seed: of the draw; the Pile recipes take documents in the published order (shuffled with 42) instead.
+        model: loads the model that ``generated`` samples from.
 
     Raises:
         ValueError: an unknown name, a file that is no text, too little text, or no network.
@@ -62,8 +68,13 @@ def load_calibration(source: str, tokenizer: Tokenizer, samples: int, length: in
     if text in NAMED:
         place, recipe = NAMED[text]
         rows = recipe(hub.fetch(place), tokenizer, samples, length, seed)
+    elif text == RANDOM:
+        rows = random_rows(tokenizer, samples, length, seed)
+    elif text == GENERATED and model is not None:
+        rows = generated_rows(model(), tokenizer, samples, length, seed)
     else:
-        rows = text_windows(local_documents(text, "calibration", NAMED), tokenizer, samples, length, seed)
+        documents = local_documents(text, "calibration", (*NAMED, RANDOM, GENERATED))
+        rows = text_windows(documents, tokenizer, samples, length, seed)
     return shuffled(rows, seed) if text != source else rows
 
 

@@ -20,7 +20,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from ..numerics.qtensor import QLayer, QWeight
+from ..numerics.qtensor import QAttention, QLayer, QWeight
 from ..numerics.spec import Spec
 from . import native
 from .files import INDEX, read_shard, shard_header
@@ -39,6 +39,8 @@ COMPANIONS = (
 )
 """Files beside the weights that a model needs as they are."""
 
+CACHED = "no export carries quantized keys and values: use native, or a recipe that keeps the cache in 16 bits"
+
 Names = Callable[[str], Sequence[tuple[str, slice]]]
 """A parameter of the model -> the tensors that clients know it by, with the output rows that each one holds."""
 
@@ -47,9 +49,18 @@ class Format(Protocol):
     """A format that other software reads."""
 
     def refuse(
-        self, weights: Spec, activation: Spec | None, *, transposed: bool = False, ordered: bool = False
+        self,
+        weights: Spec | None,
+        activation: Spec | None,
+        *,
+        transposed: bool = False,
+        ordered: bool = False,
+        mapped: bool = False,
     ) -> str | None:
         """Why the format cannot carry a layer of these formats, with advice, or None if it can."""
+
+    def refuse_whole(self, *, cached: bool, corrected: bool) -> str | None:
+        """Why the format cannot carry a model with a quantized cache, or with corrections of weights, or None."""
 
     def notices(self, weights: Spec, activation: Spec | None) -> tuple[str, ...]:
         """What a user should know of clients that read such a layer differently, or not at all."""
@@ -104,8 +115,13 @@ def shards(source: Path) -> list[Path]:
 def read(shard: Path, names: Names) -> tuple[dict[str, tuple[str, QLayer]], dict[str, Tensor]]:
     """(client's name of a linear -> (model's name, layer), client's name -> tensor) of one file of a run directory."""
     stored, rest = native.unpack(shard_header(shard).metadata, read_shard(shard))
+    if any(isinstance(layer, QAttention) for layer in stored.values()):
+        raise ValueError(CACHED)
     layers = {
-        name: (path, rows(layer, part)) for path, layer in stored.items() for name, part in module_names(path, names)
+        name: (path, rows(layer, part))
+        for path, layer in stored.items()
+        if isinstance(layer, QLayer)
+        for name, part in module_names(path, names)
     }
     return layers, {name: tensor[part] for path, tensor in rest.items() for name, part in names(path)}
 

@@ -25,8 +25,8 @@ from torch.nn.functional import pad
 from ..numerics import bits
 from ..numerics.grid import Grid
 from ..numerics.qtensor import QLayer, QTensor, QWeight
-from ..numerics.spec import E4M3, Float, Int, Number, ScaleDtype, Spec, per_channel, per_group, per_tensor, per_token
-from .base import Names, copy_companions, module_names, new_directory, read, read_config, shards, unchanged
+from ..numerics.spec import E4M3, PLAIN, Int, Number, ScaleDtype, Spec, per_channel, per_group, per_tensor, per_token
+from .base import CACHED, Names, copy_companions, module_names, new_directory, read, read_config, shards, unchanged
 from .files import write_index, write_json, write_shard
 
 VERSION = "0.20.0"
@@ -39,6 +39,11 @@ _SCALES: dict[torch.dtype, ScaleDtype] = {
 }
 _DTYPES = {name: dtype for dtype, name in _SCALES.items()}
 
+MAPPED = (
+    "compressed-tensors export carries no online maps of a linear's inputs: use native, or merge all rotations "
+    "(quarot.across=false and quarot.down=false, or spinquant.merged=true)"
+)
+SUMMED = "compressed-tensors cannot carry a weight that is a sum of parts: use native, or a recipe without corrections"
 NOT_LINEAR = "compressed-tensors knows Linear modules only: use native"
 
 Scheme = dict[str, Any]
@@ -48,11 +53,22 @@ Scheme = dict[str, Any]
 # --- what the format can carry ----------------------------------------------------------------------------------------
 
 
-def refuse(weights: Spec, activation: Spec | None, *, transposed: bool = False, ordered: bool = False) -> str | None:
-    """Why the format cannot carry a layer of these formats, with advice, or None if it can.
+def refuse(
+    weights: Spec | None,
+    activation: Spec | None,
+    *,
+    transposed: bool = False,
+    ordered: bool = False,
+    mapped: bool = False,
+) -> str | None:
+    """Why the format cannot carry a layer of these formats (None: 16 bits), with advice, or None if it can.
 
     `transposed`: the module stores [I, O] (GPT-2's Conv1D). `ordered`: groups follow another order of the columns.
+    `mapped`: inputs pass an online map.
     """
+    if mapped:
+        return MAPPED
+    assert weights is not None, "layers of 16 bits are no matter of the format unless their inputs are mapped"
     if transposed:
         return NOT_LINEAR
     if ordered:
@@ -60,10 +76,19 @@ def refuse(weights: Spec, activation: Spec | None, *, transposed: bool = False, 
     return _refuse_weights(weights, activation) or _refuse_activation(weights, activation)
 
 
+def refuse_whole(*, cached: bool, corrected: bool) -> str | None:
+    """Why the format cannot carry a model with a quantized cache, or with corrections of weights, or None if it can."""
+    if cached:
+        return CACHED
+    return SUMMED if corrected else None
+
+
 def _refuse_weights(spec: Spec, activation: Spec | None) -> str | None:
     number = spec.number
-    if isinstance(number, Float) and number != E4M3:
+    if not isinstance(number, Int) and number != E4M3:
         return f"compressed-tensors export carries E4M3 float weights, not {number}: use fp8"
+    if spec.scale not in PLAIN:
+        return f"compressed-tensors export carries plain floating-point scales, not {spec.scale}: use native, or half"
     if isinstance(number, Int) and number.rule == "asymmetric-deepspeed":
         return "compressed-tensors cannot hold the unbounded zero-points of asymmetric-deepspeed: use asymmetric"
     if spec.block[0] != 1 and spec.block != (-1, -1):
@@ -81,12 +106,14 @@ def _refuse_activation(weights: Spec, spec: Spec | None) -> str | None:
     number = spec.number
     if isinstance(number, Int) != isinstance(weights.number, Int):
         return f"no compressed-tensors client multiplies {weights.number} by {number}: use one kind for both"
-    if spec.bits != 8 or (isinstance(number, Float) and number != E4M3):
+    if spec.bits != 8 or (not isinstance(number, Int) and number != E4M3):
         return f"compressed-tensors clients read int8 and E4M3 activations, not {number}: use 8 or 16 bits"
     if spec.block != ((1, -1) if spec.dynamic else (-1, -1)):
         return (
             f"compressed-tensors activations are dynamic per token or static per tensor, not {spec}: use one of these"
         )
+    if spec.scale not in PLAIN:
+        return f"compressed-tensors activations have plain floating-point scales, not {spec.scale}: use float32"
     if isinstance(number, Int) and not number.signed:
         return "compressed-tensors clients add an activation's zero-point before rounding, lowbit after: use symmetric"
     if isinstance(number, Int) and spec.dynamic and number.rule != "symmetric":
@@ -123,7 +150,7 @@ def notices(weights: Spec, activation: Spec | None) -> tuple[str, ...]:
 
 
 def _symmetric(number: Number) -> bool:
-    return isinstance(number, Float) or number.symmetric
+    return not isinstance(number, Int) or number.symmetric
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
@@ -131,8 +158,12 @@ def _symmetric(number: Number) -> bool:
 
 def scheme_of(layer: QLayer) -> Scheme:
     """What config.json says of a layer. Raises ValueError where the format cannot carry it."""
-    if len(layer.weight.parts) > 1:
-        raise ValueError("compressed-tensors cannot carry a weight that is a sum of parts: use native")
+    if layer.input_map is not None:
+        raise ValueError(MAPPED)
+    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
+        raise ValueError(SUMMED)
+    if layer.input_clip is not None:
+        raise ValueError("compressed-tensors has no clips of inputs: use native, or a recipe that does not learn them")
     part = layer.weight.parts[0]
     spec = part.grid.spec
     reason = refuse(spec, layer.activation, ordered=part.order is not None)
@@ -157,7 +188,7 @@ def _strategy(spec: Spec, columns: int) -> tuple[str, int | None]:
 
 
 def _format_name(weights: Spec, activation: Spec | None) -> str:
-    if isinstance(weights.number, Float):
+    if not isinstance(weights.number, Int):
         return "naive-quantized" if activation is None else "float-quantized"
     return "pack-quantized" if activation is None or weights.bits < 8 else "int-quantized"
 
@@ -236,7 +267,7 @@ def pack(name: str, layer: QLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     grid, number = part.grid, part.grid.spec.number
     packed, strategy = scheme["format"] == "pack-quantized", scheme["weights"]["strategy"]
     tensors = {"weight_scale": _store(grid, strategy, dtype)}
-    if isinstance(number, Float):
+    if not isinstance(number, Int):
         tensors["weight"] = part.codes.view(torch.float8_e4m3fn)
     elif packed:
         tensors["weight_packed"] = _to_words(
@@ -265,7 +296,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], scheme: Mapping[str, Any]) 
         codes = _from_words(tensors[f"{name}.weight_packed"], spec.bits, columns)
         codes = _shift(codes, spec.bits) if scheme["weights"]["symmetric"] else codes
         zero = None if zero is None else _from_words(zero.T, spec.bits, rows).T
-    elif isinstance(spec.number, Float):
+    elif not isinstance(spec.number, Int):
         codes = tensors[f"{name}.weight"].view(torch.uint8)
     else:
         codes = tensors[f"{name}.weight"]
@@ -302,7 +333,7 @@ def _to_words(codes: Tensor, width: int) -> Tensor:
 def _from_words(words: Tensor, width: int, length: int) -> Tensor:
     """The inverse of `_to_words`: uint8 [..., length]."""
     packed = words.contiguous().view(torch.uint8)
-    size = length if width == 8 else bits.packed_length(length, width)
+    size = bits.packed_length(length, width)
     return bits.unpack(pad(packed, (0, size - packed.shape[-1])), width, length, signed=False)
 
 

@@ -1,6 +1,6 @@
 """The parts of any decoder: a skeleton without weights, an anatomy found and proved, and folding along its edges."""
 
-from .anatomy import Anatomy, BlockAnatomy, Edge, Heads, Norm, Rows, Site, Tap
+from .anatomy import Anatomy, BlockAnatomy, Edge, Heads, Norm, Rotations, Rows, Site, Tap
 from .describe import describe
 from .discover import discover
 from .fold import apply_scale, apply_shift, reader_channels
@@ -13,6 +13,7 @@ __all__ = [
     "Edge",
     "Heads",
     "Norm",
+    "Rotations",
     "Rows",
     "Site",
     "Tap",

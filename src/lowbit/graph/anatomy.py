@@ -108,10 +108,31 @@ class BlockAnatomy:
     """Modules whose output is added to the residual stream (a site, or a post-norm)."""
     scores: tuple[str, ...] = ()
     """Sites with rows that make queries or keys: their error passes through a softmax."""
+    attention: str = ""
+    """The module that hands keys and values to a cache; "" where there is none, or more than one."""
+    head_width: int = 0
+    """Width h of a head, where V may be multiplied within every head by any invertible matrix; 0 where it may not."""
+    heads: Heads | None = None
+    """Head geometry of the values, where a "value" edge shows it."""
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(site for tap in self.taps for site in tap.sites)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Which orthogonal maps, mixing channels, may be merged into the model: found by doing them to its double."""
+
+    residual: str = ""
+    """What the residual stream may be multiplied by once norms are folded: any "orthogonal" matrix; only one that is
+    "mean-preserving", since norms subtract the mean; nothing ("")."""
+    refused: str = "the residual stream was not proved to be free to rotate"
+    """Why `residual` is empty."""
+    embeddings: tuple[str, ...] = ()
+    """Tables [N, D] outside the blocks whose rows are added to the residual stream: tokens, perhaps positions."""
+    heads: bool = False
+    """Whether V may be rotated within every head and the attention's output projection take it back."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,7 @@ class Anatomy:
     tied: bool
     heads: Heads
     blocks: tuple[BlockAnatomy, ...]
+    rotations: Rotations = Rotations()
     proofs: dict[str, float] = field(default_factory=dict, compare=False)
     """Edge kind -> largest relative change of the logits seen when a random map was put on it."""
 

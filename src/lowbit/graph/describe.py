@@ -19,6 +19,9 @@ def describe(anatomy: Anatomy) -> str:
         f"embedding {anatomy.embedding}, final norm {norm}, head {anatomy.head}{' (tied)' if anatomy.tied else ''}",
         f"{heads.query} query heads, {heads.key_value} key-value heads, width {heads.width}",
     ]
+    rotations = anatomy.rotations
+    lines.append(f"residual stream may be rotated: {rotations.residual or f'no, {rotations.refused}'}")
+    lines.append(f"values may be rotated within heads: {'yes' if rotations.heads else 'no'}")
     for numbers, block in _kinds(anatomy.blocks):
         lines += ["", numbers, *(f"  {line}" for line in _block(block))]
     proofs = ", ".join(f"{kind} {change:.0e}" for kind, change in anatomy.proofs.items())

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
-from .anatomy import Anatomy, BlockAnatomy, Edge, Heads, Norm
+from .anatomy import Anatomy, BlockAnatomy, Heads, Norm, Rotations
 from .fold import apply_scale, apply_shift, scale_source
 from .probe import DoublePrecision, head_counts, matching_probe, prompts
 from .prove import UNCHANGED, Place, Prover, by_kind, may_shift
 from .refuse import refuse_family, refuse_hidden_weights, refuse_looking_ahead, refuse_shared_weights, refuse_stream
+from .rotations import find_rotations
 from .skeleton import build_skeleton
 from .structure import Signature, block_kinds, find_layers, parameters
 from .survey import Link, Survey, measure_norm, survey
@@ -120,17 +121,28 @@ class _Discovery:
             parts.append(written[like])
         names = {id(module): path for path, module in skeleton.named_modules()}
         embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
-        return Anatomy(
+        anatomy = Anatomy(
             family=self.family,
             layers=self.layers,
             embedding=names[id(embedding)],
             head=names[id(head)],
             final_norm=self._final_norm(names[id(head)]),
             tied=head.weight is embedding.weight,
-            heads=_heads([edge for part in parts for edge in part.edges], config),
+            heads=_heads(parts, config),
             blocks=tuple(parts),
             proofs=self.proofs,
         )
+        rotations = self._rotations(anatomy)
+        if rotations.heads:
+            mixed = {id(part): replace(part, head_width=anatomy.heads.width) for part in parts}
+            anatomy = replace(anatomy, blocks=tuple(mixed[id(part)] for part in parts))
+        return replace(anatomy, rotations=rotations)
+
+    def _rotations(self, anatomy: Anatomy) -> Rotations:
+        """What may be rotated. It comes last: the probe is rotated for it and stays so."""
+        kinds = zip(self.kinds, self.blocks, strict=False)
+        parts = tuple(write(self.surveys[kind], block, self.heads) for kind, block in kinds)
+        return find_rotations(self.probe, replace(anatomy, blocks=parts), self.outer, self.prover.tokens)
 
     def _final_norm(self, head: str) -> Norm | None:
         """The norm between the last block and the head."""
@@ -141,11 +153,8 @@ class _Discovery:
         return None
 
 
-def _heads(edges: list[Edge], config: PreTrainedConfig) -> Heads:
-    """Head geometry: from V's rows where an edge shows them, else as the configuration states it."""
+def _heads(parts: list[BlockAnatomy], config: PreTrainedConfig) -> Heads:
+    """Head geometry: from V's rows where a block shows them, else as the configuration states it."""
     query, key_value = head_counts(config)
-    for edge in (edge for edge in edges if edge.kind == "value"):
-        inputs = edge.readers[0].shape[1]
-        width = inputs // query
-        return Heads(query, query if edge.channels is None else (max(edge.channels) + 1) // width, width)
-    return Heads(query, key_value, getattr(config, "head_dim", None) or config.hidden_size // query)
+    width = getattr(config, "head_dim", None) or config.hidden_size // query
+    return next((part.heads for part in parts if part.heads), Heads(query, key_value, width))

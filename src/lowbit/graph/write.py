@@ -10,7 +10,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from .anatomy import BlockAnatomy, Edge, Norm, Rows, Site, Tap
+from ..modules.attention import attention_modules
+from .anatomy import BlockAnatomy, Edge, Heads, Norm, Rows, Site, Tap
 from .layouts import Layout, elementwise_layouts, value_layouts
 from .structure import expert_lists, split_expert
 from .survey import Link, Survey
@@ -101,11 +102,24 @@ def write(survey: Survey, block: nn.Module, heads: tuple[int, int]) -> BlockAnat
     """The anatomy of one block. `heads`: its model's (query, key-value) heads."""
     writer = Writer(survey, block, heads)
     real = [name for path in survey.writes for name in writer.names(path)]
+    attentions = [path for path, _ in attention_modules(block)]
+    edges = tuple(edge for _, edge in writer.edges())
     return BlockAnatomy(
         taps=tuple(writer.taps()),
-        edges=tuple(edge for _, edge in writer.edges()),
+        edges=edges,
         refused=tuple((name, reason) for place, reason in survey.refused for name in writer.names(place)),
         reads=tuple(survey.reads),
         writes=tuple(real),
         scores=tuple(survey.scores),
+        attention=attentions[0] if len(attentions) == 1 else "",
+        heads=_heads(edges, heads[0]),
     )
+
+
+def _heads(edges: tuple[Edge, ...], query: int) -> Heads | None:
+    """Head geometry from V's rows and the `query` heads that read them."""
+    for edge in edges:
+        if edge.kind == "value":
+            width = edge.readers[0].shape[1] // query
+            return Heads(query, query if edge.channels is None else (max(edge.channels) + 1) // width, width)
+    return None

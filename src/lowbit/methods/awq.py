@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..numerics.grid import Grid, fit_range, from_units, search_range, to_units, unit_shape
 from ..numerics.spec import Spec
-from .base import EdgeView, Need, Stats
+from .base import EdgeView, Fold, Need, Stats
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AWQ:
     needs: ClassVar[frozenset[Need]] = frozenset({"absmean", "gram"})
     replays: ClassVar[bool] = True
 
-    def scale(self, view: EdgeView) -> Tensor | None:
+    def fold(self, view: EdgeView) -> Fold | None:
         """The best s over the edge's source channels."""
         activation = view.to_source(view.absmean)
         share = view.to_source(mean_share(view.weights, view.specs)) if self.duo else None
@@ -52,7 +52,7 @@ class AWQ:
             loss = view.error(rounded, spread)
             if loss < least:
                 best, least = scale, loss
-        return best
+        return None if best is None else Fold(best)
 
 
 def candidate(activation: Tensor, share: Tensor | None, r: float) -> Tensor:

@@ -9,21 +9,24 @@ Shape letters: O output rows, I input columns, T tokens, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from ..graph.anatomy import Edge
+from ..graph.anatomy import Anatomy, BlockAnatomy, Edge, Site, Tap
 from ..numerics.feedback import inverse_factor
 from ..numerics.grid import Grid
-from ..numerics.qtensor import QTensor
+from ..numerics.kv import KV
+from ..numerics.maps import Map
+from ..numerics.qtensor import QAttention, QTensor, QWeight
 from ..numerics.spec import Spec
-from ..numerics.stats import AbsMean, Gram, MinMax
+from ..numerics.stats import AbsMean, Cross, Gram, MinMax
 
-Need = Literal["gram", "absmean", "minmax"]
+Need = Literal["gram", "absmean", "minmax", "cross"]
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Stats:
     gram: Gram | None = None
     absmean: AbsMean | None = None
     minmax: MinMax | None = None
+    cross: Cross | None = None
     tokens: int = 0
     _factors: dict[tuple[float, bool], tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -43,26 +47,29 @@ class Stats:
             Gram() if "gram" in needs else None,
             AbsMean() if "absmean" in needs else None,
             MinMax() if "minmax" in needs else None,
+            Cross() if "cross" in needs else None,
         )
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs [T, I]."""
+    def update(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Add inputs [T, I]; `original` is what the original model has in their place, if that is observed."""
         self._factors.clear()
         self.tokens += x.shape[0]
         for statistic in (self.gram, self.absmean, self.minmax):
             if statistic is not None:
                 statistic.update(x)
+        if self.cross is not None and original is not None:
+            self.cross.update(x, original)
 
     def transport(self, scale: Tensor) -> None:
         """Follow a fold that divides the inputs by `scale` [I]."""
         self._factors.clear()
-        for statistic in (self.gram, self.absmean, self.minmax):
+        for statistic in (self.gram, self.absmean, self.minmax, self.cross):
             if statistic is not None:
                 statistic.transport(scale)
 
     def release(self) -> None:
-        """Drop what only rounding needs, the Gram matrix and its factors; ranges and counts stay."""
-        self.gram = None
+        """Drop what only rounding needs, the Gram matrix, its factors and the drift; ranges and counts stay."""
+        self.gram = self.cross = None
         self._factors.clear()
 
     def hessian(self) -> Tensor:
@@ -86,6 +93,20 @@ class Stats:
         return self._factors[key]
 
 
+def to_source(edge: Edge, x: Tensor) -> Tensor:
+    """Reduce reader channels [I] of an edge to its source channels: the largest of those that read the same one."""
+    if edge.channels is None:
+        return x
+    channels = torch.tensor(edge.channels, device=x.device)
+    reduced = x.new_zeros(int(channels.max()) + 1)
+    return reduced.scatter_reduce(0, channels, x, "amax", include_self=False)
+
+
+def to_readers(edge: Edge, x: Tensor) -> Tensor:
+    """Spread values over an edge's source channels to its reader channels [I]."""
+    return x if edge.channels is None else x[torch.tensor(edge.channels, device=x.device)]
+
+
 class EdgeView(Protocol):
     """What a transform may know about one edge: its readers' weights, formats and inputs, and a way to try weights."""
 
@@ -103,17 +124,91 @@ class EdgeView(Protocol):
     def amax(self) -> Tensor:
         """Largest magnitude of the input channels, [I]."""
 
+    @property
+    def low(self) -> Tensor:
+        """Smallest value of the input channels, [I]."""
+
+    @property
+    def high(self) -> Tensor:
+        """Largest value of the input channels, [I]."""
+
     def to_source(self, x: Tensor) -> Tensor:
         """Reduce reader channels [I] to source channels: the largest of those that read the same one."""
 
     def to_readers(self, scale: Tensor) -> Tensor:
         """Spread a scale over source channels to reader channels [I]."""
 
-    def error(self, weights: Sequence[Tensor], scale: Tensor) -> float:
+    def error(self, weights: Sequence[Tensor], scale: Tensor, shift: Tensor | None = None) -> float:
         """Mean squared change of the inspected output if the readers held `weights` (given for unscaled inputs).
 
-        `scale` [I] is what inputs would be divided by before they are quantized, where the scheme quantizes them.
+        `scale` and `shift` [I] are what inputs would be divided by, after the shift was subtracted, before they are
+        quantized, where the scheme quantizes them. The readers' biases repair the shift as the original weights would.
         """
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A function-preserving map for an edge: the source's output x becomes (x - shift) / scale, both [S] over its
+    channels; readers and their biases make up for it. Shifts are lawful where `edge.shift` says so.
+    """
+
+    scale: Tensor
+    shift: Tensor | None = None
+
+
+@runtime_checkable
+class Rotation(Protocol):
+    """Turns the whole model before anything is observed: merged into weights, or applied online where nothing takes it.
+
+    It stands first among the transforms. A matrix that is merged is named "residual", Q [D, D], by which the residual
+    stream is multiplied, or "heads.i", [h, h], for the values within every head of block i.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+
+    @property
+    def residual(self) -> bool:
+        """Whether the residual stream is turned, which every norm and table of the model must allow."""
+
+    def online(self, anatomy: Anatomy, block: int) -> Mapping[str, Map]:
+        """The maps of inputs that stay in the block, by the name of their tap."""
+
+    def key_map(self, anatomy: Anatomy, block: int) -> Map | None:
+        """What turns keys behind their position embedding, where a cache quantizes them."""
+
+    def matrices(self, anatomy: Anatomy) -> dict[str, Tensor]:
+        """The merged matrices in fp64; of a rotation that learns, those that it starts from."""
+
+
+class ModelView(Protocol):
+    """The whole model in memory, as a learned rotation sees it: weights as functions of the matrices, and the loss."""
+
+    anatomy: Anatomy
+    windows: list[int]
+    """Tokens of every window of the text."""
+    device: torch.device
+    data_aware: bool
+    """Whether rounding will look at the inputs."""
+
+    def merged(self, matrices: Mapping[str, Tensor], *, quantized: bool) -> dict[str, Tensor]:
+        """The parameters that matrices [n, n] change, by full name, weights fake-quantized if `quantized`; with
+        gradients. The tables and the head are left to `loss`.
+        """
+
+    def loss(self, window: int, merged: Mapping[str, Tensor], residual: Tensor | None) -> Tensor:
+        """Mean cross-entropy of the next token, inputs fake-quantized as the scheme says, with gradients."""
+
+
+@runtime_checkable
+class LearnedRotation(Rotation, Protocol):
+    """A rotation whose matrices are learned on the text, with the whole model in memory."""
+
+    def batch_of(self, window: int, device: torch.device) -> int:
+        """Windows of a step, if none has more than that many tokens."""
+
+    def learn(self, view: ModelView) -> tuple[dict[str, Tensor], list[float]]:
+        """The merged matrices in fp64, and the loss of every step."""
 
 
 @runtime_checkable
@@ -125,8 +220,8 @@ class Transform(Protocol):
     replays: ClassVar[bool]
     """Whether `EdgeView.error` is used, so that the inspected modules' inputs must be kept."""
 
-    def scale(self, view: EdgeView) -> Tensor | None:
-        """Positive scale over the edge's source channels, or None to leave the edge alone."""
+    def fold(self, view: EdgeView) -> Fold | None:
+        """The map, its scale positive, or None to leave the edge alone."""
 
 
 @runtime_checkable
@@ -154,8 +249,143 @@ class Round(Protocol):
     def reorders(self, spec: Spec) -> bool:
         """Whether groups of this format come out in another order of the columns, with a group index."""
 
+    def refits(self, spec: Spec) -> bool:
+        """Whether ranges of this format are fitted on the way, to what errors have made of the weights by then."""
+
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I], fp32. `stats` is None where the inputs were never seen (starved experts)."""
+
+
+Quantizer = Callable[[Tensor], Tensor]
+"""What happens to a linear's inputs [..., I] in training: maps, clipping, fake quantization; gradients pass."""
+
+
+class BlockView(Protocol):
+    """One block as a trained method sees it: its weights and text, its original's outputs, and where results go.
+
+    There are two streams of inputs: "quantized", what the quantized blocks before this one give, and "float", what the
+    original model has here. Targets are the original block's outputs on the float stream. Whatever is set here is
+    carried out by the pipeline: maps are folded into weights, and statistics observed again where Round needs them.
+    """
+
+    anatomy: BlockAnatomy
+    formats: Mapping[str, tuple[Spec | None, Spec | None]]
+    stats: Mapping[str, Stats]
+    """Statistics of the block's inputs by site name, on the quantized stream, transforms folded in."""
+    batches: int
+    """Micro-batches of the text, each of about the same number of tokens."""
+    generator: torch.Generator
+    """Random numbers of this seed and block (on the CPU, so that every device draws the same)."""
+    device: torch.device
+    others: Sequence[str]
+    """Names of the parameters beside the weights of sites that are vectors: gains and biases."""
+    kv: KV | None
+    """What the scheme caches of this block's attention; None where that keeps 16 bits."""
+    maps: Mapping[str, Map]
+    """Online maps that were decided before, by site name: nothing more is folded into such inputs."""
+
+    def weight(self, site: Site) -> Tensor:
+        """W [O, I] in fp32 as rounding would take it, transforms folded in."""
+
+    def parameter(self, name: str) -> Tensor:
+        """Any other parameter of the block in fp32: a bias, a norm's gain."""
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """What a file would hold of this value of such a parameter, in fp32."""
+
+    def inputs(self, batch: int, stream: Literal["float", "quantized"]) -> Tensor:
+        """The block's input hidden states [b, T, D] for one micro-batch."""
+
+    def site_inputs(self, batch: int, hidden: Tensor) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """What the block's linears see of the micro-batch while their weights are not rounded, by site name.
+
+        Inputs [T, I] in front of the scheme's quantization, behind online maps, and behind it: the same tensor twice
+        where inputs are not quantized. Experts that no token was routed to are not there.
+        """
+
+    def target(self, batch: int) -> Tensor:
+        """The original block's output for the micro-batch of the float stream, [b, T, D]."""
+
+    def run(
+        self,
+        batch: int,
+        hidden: Tensor,
+        weights: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor] | None = None,
+        quantizers: Mapping[str, Quantizer] | None = None,
+        attention: QAttention | None = None,
+    ) -> Tensor:
+        """The block's output if its sites held `weights` [O, I] (by site name) and its other parameters `parameters`.
+
+        Inputs pass the scheme's fake quantization, or what `quantizers` says by site name. Keys and values are kept in
+        16 bits, or quantized as `attention` says. Differentiable in all.
+        """
+
+    def key_width(self) -> int:
+        """Width of the keys that the attention hands to its cache; 0 where there is none."""
+
+    def start(self, site: Site) -> QTensor:
+        """The codes that Round chose; only for methods that come after it."""
+
+    def fold(self, edge: Edge, fold: Fold) -> None:
+        """Fold a map into the edge."""
+
+    def set_weight(self, site: Site, weight: Tensor) -> None:
+        """Round this weight [O, I] instead; for linears whose inputs are mapped, the weight for mapped inputs."""
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Store this value of a parameter that is not quantized."""
+
+    def set_map(self, tap: Tap, map: Map) -> None:
+        """Apply an online map to the inputs of all linears of the tap, which then hold W P⁻ᵀ."""
+
+    def set_grid(self, site: Site, grid: Grid) -> None:
+        """Round onto this grid, whatever the clip would choose."""
+
+    def set_key_map(self, map: Map) -> None:
+        """Apply a map of head width to the keys behind the rotary embedding, before they are quantized."""
+
+    def set_kv_clips(self, clips: Tensor) -> None:
+        """Ranges of keys (row 0) and values (row 1) cover these parts [2, 2] of their smallest and largest value."""
+
+    def set_input_clip(self, site: Site, clip: Tensor) -> None:
+        """Dynamic ranges of the inputs cover these parts [2] of their smallest and largest value."""
+
+    def set_codes(self, site: Site, codes: QTensor) -> None:
+        """These are the site's codes; only for methods that come after Round."""
+
+
+@runtime_checkable
+class Reconstruct(Protocol):
+    """Trains maps, ranges or weights of a block before they are rounded, or codes afterwards."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+    after: ClassVar[bool]
+    """Whether it comes after Round, starts from its codes and sets the final ones."""
+
+    def online(self, scheme: Scheme) -> bool:
+        """Whether the inputs of linears get maps or clips that stay in the model."""
+
+    def train(self, view: BlockView) -> None:
+        """Train, and set the results on the view."""
+
+
+@runtime_checkable
+class Correct(Protocol):
+    """Adds to a rounded weight what makes up for a part of its error."""
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics it reads, under its settings."""
+
+    def stored_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes that it adds to the file of a weight [O, I]."""
+
+    def correct(self, weight: Tensor, rounded: QWeight, stats: Stats | None) -> QWeight:
+        """The corrected weight for W [O, I] in fp32 and what became of it."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +399,12 @@ class Override:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the result is: number formats of weights and of the activations in front of them."""
+    """What the result is: number formats of weights, of the activations in front of them, of cached keys and values."""
 
     weights: Spec | None
     activations: Spec | None = None
     overrides: tuple[Override, ...] = ()
+    kv: KV | None = None
 
     def formats(self, name: str) -> tuple[Spec | None, Spec | None]:
         """(weight, activation) formats of the site of this full name; the last matching override wins."""
@@ -190,20 +421,71 @@ class Recipe:
     scheme: Scheme
     round: Round
     clip: Clip
-    transforms: tuple[Transform, ...] = ()
+    transforms: tuple[Rotation | Transform, ...] = ()
     name: str = ""
+    reconstruct: tuple[Reconstruct, ...] = ()
+    correct: tuple[Correct, ...] = ()
+
+    def __post_init__(self) -> None:
+        for place, step in enumerate(self.transforms):
+            if place and isinstance(step, Rotation):
+                first = "keep one of them" if self.rotation else f"write {step.name} first"
+                raise ValueError(f"{step.name} turns the whole model, once and before everything else: {first}")
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """What turns the whole model, if anything does."""
+        first = self.transforms[0] if self.transforms else None
+        return first if isinstance(first, Rotation) else None
+
+    @property
+    def folds(self) -> tuple[Transform, ...]:
+        """The transforms of single edges."""
+        return tuple(step for step in self.transforms if isinstance(step, Transform))
 
     @property
     def needs(self) -> frozenset[Need]:
         """Every statistic that some part needs; static activation ranges need the inputs' extremes."""
+        return self._needs_of(*self.transforms, self.clip, self.round, *self.reconstruct, *self.correct)
+
+    def _needs_of(self, *parts: Rotation | Transform | Clip | Round | Reconstruct | Correct) -> frozenset[Need]:
         static = any(spec is not None and not spec.dynamic for spec in self._activations())
-        parts: tuple[Transform | Clip | Round, ...] = (*self.transforms, self.clip, self.round)
         return frozenset().union(*(part.needs for part in parts), {"minmax"} if static else ())
+
+    @property
+    def rounding_needs(self) -> frozenset[Need]:
+        """What a sequential Round observes at every stage of a block, for itself, clip and correction."""
+        return self._needs_of(self.clip, self.round, *self.correct)
+
+    @property
+    def arrival_needs(self) -> frozenset[Need]:
+        """What is observed of a block before anything is done to it: all, unless Round takes its own at every stage."""
+        if not self.round.sequential:
+            return self.needs
+        return self._needs_of(*self.transforms, *self.reconstruct, *(self.correct if self.retrains else ()))
+
+    @property
+    def retrains(self) -> bool:
+        """Whether Round's codes are not the last ones."""
+        return any(method.after for method in self.reconstruct)
 
     @property
     def calibrated(self) -> bool:
         """Whether any text is needed."""
-        return bool(self.needs)
+        static = self.scheme.kv is not None and self.scheme.kv.static
+        return bool(self.needs or self.reconstruct) or isinstance(self.rotation, LearnedRotation) or static
+
+    @property
+    def float_stream(self) -> bool:
+        """Whether the original model's hidden states are wanted beside the quantized one's."""
+        return bool(self.reconstruct) or "cross" in self.needs
+
+    @property
+    def revisits_stats(self) -> bool:
+        """Whether anything looks at the Gram matrices after rounding."""
+        late: tuple[Reconstruct | Correct, ...]
+        late = (*(method for method in self.reconstruct if method.after), *self.correct)
+        return any("gram" in part.needs for part in late)
 
     def _activations(self) -> tuple[Spec | None, ...]:
         return (self.scheme.activations, *(override.activations for override in self.scheme.overrides))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..numerics.feedback import sweep
 from ..numerics.grid import Grid, fit_range, to_codes, to_levels, unit_shape
 from ..numerics.qtensor import QTensor
+from ..numerics.scales import relative_scale
 from ..numerics.spec import Int, Spec
 from ..numerics.stats import Gram
 from .base import Clip, Need, Stats
@@ -35,8 +36,9 @@ class GPTQ:
     damp: added to H's diagonal, as a part of its mean. act_order: columns of large inputs first. groups: when scales
     are fitted: "static", all before the sweep on the original weights; "fresh", at the group's first column on
     corrected weights; "stale", as the reference does, on weights that lack the corrections of the current block of
-    columns. Groups fitted on the way under act_order need a group index at inference. true_sequential: observe inputs
-    again after every rounded linear. block: columns corrected at once.
+    columns. Groups fitted on the way under act_order need a group index at inference. true_sequential: observe the
+    inputs of each linear behind those rounded before it, which costs one forward in all. block: columns corrected at
+    once.
     """
 
     damp: float = 0.01
@@ -59,44 +61,62 @@ class GPTQ:
 
     def reorders(self, spec: Spec) -> bool:
         """Under act-order, groups fitted on the way are runs of the sweep's order."""
-        return self.act_order and self.groups != "static" and spec.block[0] == 1 and spec.group != -1
+        return self.act_order and self.refits(spec)
+
+    def refits(self, spec: Spec) -> bool:
+        """Groups of a row may be fitted when the sweep comes to them."""
+        return self.groups != "static" and spec.block[0] == 1 and spec.group != -1
 
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest."""
+        return self.swept(weight, spec, clip, stats, scores=scores)
+
+    def swept(
+        self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool, drift: Tensor | None = None
+    ) -> QTensor:
+        """`round`, with what columns take of those before them beside their errors, in the sweep's order (GPTAQ)."""
         if stats is None:
             return RTN().round(weight, spec, clip, None, scores=scores)
         factor, order, dead = stats.factor(self.damp, self.act_order)
         weight = weight.masked_fill(dead, 0.0)
         if self.groups == "static" or spec.block[0] != 1 or unit_shape(weight.shape, spec.block)[1] == weight.shape[1]:
             grid = clip.fit(weight, spec, stats, scores=scores)
-            return self._sweep_static(weight, grid, factor, order)
-        return self._sweep_dynamic(weight, spec, partial(clip.fit, scores=scores), stats, factor, order)
+            return self._sweep_static(weight, grid, factor, order, drift)
+        return self._sweep_dynamic(weight, spec, partial(clip.fit, scores=scores), stats, factor, order, drift)
 
-    def _sweep_static(self, weight: Tensor, grid: Grid, factor: Tensor, order: Tensor | None) -> QTensor:
+    def _sweep_static(
+        self, weight: Tensor, grid: Grid, factor: Tensor, order: Tensor | None, drift: Tensor | None
+    ) -> QTensor:
         """Every group's scale is known: columns may go in any order and keep their natural groups."""
         columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
         _, width = unit_shape(weight.shape, grid.spec.block)
         column = _Columns(grid, weight.shape, (columns // width).tolist())
-        sweep(weight[:, columns], factor, column.round, block=self.block)
+        sweep(weight[:, columns], factor, column.round, block=self.block, drift=drift)
         return QTensor(column.codes(columns), grid)
 
     def _sweep_dynamic(
-        self, weight: Tensor, spec: Spec, fit: Fit, stats: Stats, factor: Tensor, order: Tensor | None
+        self,
+        weight: Tensor,
+        spec: Spec,
+        fit: Fit,
+        stats: Stats,
+        factor: Tensor,
+        order: Tensor | None,
+        drift: Tensor | None,
     ) -> QTensor:
         """Groups are runs of the sweep's own order, each fitted when the sweep comes to it.
 
         A sweep block that ends where every group ends makes the fit fresh; a longer one makes it stale.
         """
-        rows, total = weight.shape
+        total = weight.shape[1]
         _, width = unit_shape(weight.shape, spec.block)
         block = self.block
         if self.groups == "fresh":
             block = next(size for size in range(min(width, self.block), 0, -1) if width % size == 0)
         columns = torch.arange(total, device=weight.device) if order is None else order
-        empty = torch.empty(rows, total // width, device=weight.device)
-        unsigned = fit_range(weight[:, :width], spec).zero is not None
-        grid = Grid(spec, empty, empty.clone() if unsigned else None)
+        grid = fit_range(weight, spec)  # only what scales are stored relative to stays as it is
         column = _Columns(grid, weight.shape, [i // width for i in range(total)])
+        of_group = replace(spec, block=(1, -1), scale="float32" if spec.relative else spec.scale)
 
         h = stats.hessian()
 
@@ -105,10 +125,10 @@ class GPTQ:
                 values = remaining[begin - start : begin - start + width].T
                 chosen = columns[begin : begin + width]
                 seen = Stats(gram=Gram.of(h[chosen][:, chosen], stats.tokens), tokens=stats.tokens)
-                column.set(begin // width, fit(values, replace(spec, block=(1, -1)), seen))
+                column.set(begin // width, fit(values, of_group, seen))
 
-        sweep(weight[:, columns], factor, column.round, block=block, open_block=fit_groups)
-        return QTensor(column.codes(columns), column.grid(spec), order)
+        sweep(weight[:, columns], factor, column.round, block=block, open_block=fit_groups, drift=drift)
+        return QTensor(column.codes(columns), column.grid(), order)
 
 
 class _Columns:
@@ -120,7 +140,7 @@ class _Columns:
 
     def __init__(self, grid: Grid, shape: torch.Size, groups: list[int]) -> None:
         rows, _ = unit_shape(shape, grid.spec.block)
-        self.number = grid.spec.number
+        self.spec, self.number, self.outer = grid.spec, grid.spec.number, grid.outer
         self.group = groups
         self.scale = grid.scale.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
         self.zero = None if grid.zero is None else grid.zero.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
@@ -140,6 +160,8 @@ class _Columns:
     def set(self, group: int, grid: Grid) -> None:
         """Take the one-group grid fitted for `group`."""
         self.scale[group] = grid.scale[:, 0]
+        if self.outer is not None:
+            self.scale[group] = relative_scale(self.scale.T.contiguous(), self.spec.scale, self.outer)[:, group]
         if self.zero is not None and grid.zero is not None:
             self.zero[group] = grid.zero[:, 0]
         self._limit(group)
@@ -154,9 +176,10 @@ class _Columns:
             levels.copy_(to_levels(values / scale, self.number))
         return levels * scale
 
-    def grid(self, spec: Spec) -> Grid:
+    def grid(self) -> Grid:
         """The grid as the sweep left it."""
-        return Grid(spec, self.scale.T.contiguous(), None if self.zero is None else self.zero.T.contiguous())
+        zero = None if self.zero is None else self.zero.T.contiguous()
+        return Grid(self.spec, self.scale.T.contiguous(), zero, self.outer)
 
     def codes(self, columns: Tensor) -> Tensor:
         """Codes [O, I] in natural order; `columns` says which natural column the sweep's i-th was."""

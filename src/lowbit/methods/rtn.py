@@ -37,6 +37,10 @@ class RTN:
         """Columns stay where they are."""
         return False
 
+    def refits(self, spec: Spec) -> bool:
+        """Ranges are those of the weights."""
+        return False
+
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I] on the clip's grid."""
         grid = clip.fit(weight, spec, stats, scores=scores)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..graph.anatomy import Norm
-from .base import EdgeView, Need
+from .base import EdgeView, Fold, Need
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,11 @@ class SmoothQuant:
     needs: ClassVar[frozenset[Need]] = frozenset({"minmax"})
     replays: ClassVar[bool] = False
 
-    def scale(self, view: EdgeView) -> Tensor | None:
+    def fold(self, view: EdgeView) -> Fold | None:
         """s over the edge's source channels; 1 where the inputs are always zero, or not finite."""
         if not self.all_edges and not isinstance(view.edge.source, Norm):
             return None
         amax_x = view.to_source(view.amax)
         amax_w = view.to_source(torch.stack([weight.abs().amax(0) for weight in view.weights]).amax(0))
         scale = amax_x.pow(self.alpha) / amax_w.clamp_min(1e-5).pow(1 - self.alpha)
-        return torch.where((amax_x > 0) & scale.isfinite(), scale.clamp_min(1e-5), 1.0)
+        return Fold(torch.where((amax_x > 0) & scale.isfinite(), scale.clamp_min(1e-5), 1.0))

@@ -9,23 +9,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..numerics.grid import Grid, fit_range
-from ..numerics.qtensor import QLayer
+from ..numerics.qtensor import QAttention, QLayer
 from ..numerics.spec import Spec
+from ..numerics.ste import quantize_on, quantize_range
+from .attention import attach
 
 
-def quantize_activation(x: Tensor, spec: Spec, grid: Grid | None) -> Tensor:
+def quantize_activation(x: Tensor, spec: Spec, grid: Grid | None, clip: Tensor | None = None) -> Tensor:
     """Fake-quantize inputs [..., I] in fp32 and return them in their own dtype.
 
-    `grid` is the calibrated range of a static format; a dynamic format takes its range from x itself.
+    `grid` is the calibrated range of a static format; a dynamic format takes its range from x itself, of which `clip`
+    [2] may cut a part off both ends. Gradients pass (see `numerics.ste`).
     """
     flat = x.reshape(-1, x.shape[-1])
-    if grid is None:
-        grid = fit_range(flat, spec)
-    return grid.quantize(flat).to(x.dtype).reshape(x.shape)
+    if grid is not None:
+        quantized = quantize_on(flat, grid)
+    elif clip is not None:
+        quantized = quantize_range(flat, spec, clip[0], clip[1])
+    elif torch.is_grad_enabled() and x.requires_grad:
+        quantized = quantize_range(flat, spec)
+    else:
+        quantized = fit_range(flat, spec).quantize(flat)
+    return quantized.to(x.dtype).reshape(x.shape)
 
 
 class QLinear(nn.Module):
-    """y = Q(x) Ŵᵀ + b with Ŵ the dequantized weight [O, I], and Q the input format where the scheme has one.
+    """y = Q(xP) Ŵᵀ + b, Ŵ the dequantized weight [O, I], P an online map and Q the input format where there are any.
 
     `weight` is a dense copy of Ŵ in `dtype`, so that code which looks at a linear's weight keeps working.
     """
@@ -40,29 +49,39 @@ class QLinear(nn.Module):
         self.layer = layer
         self.out_features, self.in_features = layer.weight.shape
         self.input_grid = None if layer.input_grid is None else layer.input_grid.to(device)
+        self.input_map = None if layer.input_map is None else layer.input_map.to(device)
+        self.input_clip = None if layer.input_clip is None else layer.input_clip.to(device)
         self.register_buffer("weight", layer.weight.to(device).dequantize(dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype), persistent=False)
 
+    def mapped(self, x: Tensor) -> Tensor:
+        """Inputs [..., I] as the weight expects them, before they are quantized."""
+        return x if self.input_map is None else self.input_map.apply(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., I] to outputs [..., O]."""
+        x = self.mapped(x)
         if self.layer.activation is not None:
-            x = quantize_activation(x, self.layer.activation, self.input_grid)
+            x = quantize_activation(x, self.layer.activation, self.input_grid, self.input_clip)
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and formats, for printing a model."""
-        spec, inputs = self.layer.weight.parts[0].grid.spec, self.layer.activation
-        return f"{self.in_features} -> {self.out_features}, weight {spec}" + (f", input {inputs}" if inputs else "")
+        parts, inputs = self.layer.weight.parts, self.layer.activation
+        formats = [f"weight {parts[0].grid.spec}"] if parts else []
+        formats += [f"input {inputs}"] if inputs else []
+        formats += [f"input map {self.input_map}"] if self.input_map else []
+        return ", ".join([f"{self.in_features} -> {self.out_features}", *formats])
 
 
 def install(
     module: nn.Module,
-    layers: Mapping[str, QLayer],
+    layers: Mapping[str, QLayer | QAttention],
     rest: Mapping[str, Tensor],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fill `module` (a block or a model born on meta) with quantized linears and plain parameters, by relative name.
+    """Fill `module` (a block or a model born on meta) with quantized layers and plain parameters, by relative name.
 
     A sweep, a restart and a load all build quantized blocks here, so each propagates exactly what the others do.
     """
@@ -79,5 +98,9 @@ def install(
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             setattr(owner, leaf, nn.Parameter(tensor.to(device, kind), requires_grad=False))
     for name, layer in layers.items():
+        if isinstance(layer, QAttention):
+            moved = layer.to(device)
+            attach(module.get_submodule(name), moved.kv, moved.key_map, moved.clips, moved.affine)
+            continue
         path, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(path), leaf, QLinear(layer, rest.get(f"{name}.bias"), dtype, device))

@@ -3,7 +3,7 @@
 The last axis is one little-endian bit stream: code i fills bits [i*b, (i+1)*b), so at 4 bits the even index is the low
 nibble and at 8 bits packing is the identity. Eight codes always make b whole bytes, which is the only unit of work:
 a 64-bit word gathers eight codes and its low b bytes are the result. Rows are padded with zero codes to a multiple of
-eight; `unpack` needs the length to drop them.
+eight (8-bit codes need no padding); `unpack` needs the length to drop them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROWS = 1 << 18
 
 def packed_length(length: int, bits: int) -> int:
     """Bytes that `length` codes of `bits` bits occupy."""
-    return -(-length // 8) * bits
+    return length if bits == 8 else -(-length // 8) * bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -56,11 +56,18 @@ def inverse_factor(h: Tensor, damp: float, order: Tensor | None = None, *, attem
 
 
 def sweep(
-    weight: Tensor, factor: Tensor, round_column: RoundColumn, *, block: int = 128, open_block: OpenBlock | None = None
+    weight: Tensor,
+    factor: Tensor,
+    round_column: RoundColumn,
+    *,
+    block: int = 128,
+    open_block: OpenBlock | None = None,
+    drift: Tensor | None = None,
 ) -> Tensor:
     """Round W [O, I] column by column with error feedback through U [I, I]; returns the rounded values [O, I], fp32.
 
-    `open_block` sees every block of columns before it is rounded, with all earlier errors spread into it.
+    `open_block` sees every block of columns before it is rounded, with all earlier errors spread into it. `drift` P
+    [I, I], strictly upper triangular, adds w_i P_ij to column j, w_i being what column i was rounded from (GPTAQ).
     """
     working = weight.T.clone(memory_format=torch.contiguous_format)
     errors = torch.empty_like(working[:block])
@@ -70,20 +77,36 @@ def sweep(
             open_block(start, working[start:])
         u = factor[start:stop, start:stop]
         shares = (u / u.diagonal()[:, None]).triu(1).T.contiguous()  # [j, i]: what column j takes of column i's error
+        pull = None if drift is None else drift[start:stop, start:stop].T.contiguous()
+        if pull is not None:  # column i was rounded from ŵ_i + e_i: P acts on both
+            shares -= pull
         for first in range(start, stop, _TILE):
             last = min(first + _TILE, stop)
             tile = slice(first - start, last - start)
-            _round_tile(first, working[first:last], errors[tile], shares[tile, tile], round_column)
-            working[last:stop].addmm_(shares[last - start : stop - start, tile], errors[tile], alpha=-1)
+            later = slice(last - start, stop - start)
+            own = None if pull is None else pull[tile, tile]
+            _round_tile(first, working[first:last], errors[tile], shares[tile, tile], round_column, own)
+            working[last:stop].addmm_(shares[later, tile], errors[tile], alpha=-1)
+            if pull is not None:
+                working[last:stop].addmm_(pull[later, tile], working[first:last])
+        if drift is not None:
+            working[stop:].addmm_(drift[start:stop, stop:].T, working[start:stop] + errors[: stop - start])
         scaled = errors[: stop - start].div_(u.diagonal()[:, None])
         working[stop:].addmm_(factor[start:stop, stop:].T, scaled, alpha=-1)
     return working.T
 
 
-def _round_tile(first: int, columns: Tensor, errors: Tensor, shares: Tensor, round_column: RoundColumn) -> None:
-    """Round the tile's columns in place, corrected by the tile's earlier errors, and leave their own in `errors`."""
+def _round_tile(
+    first: int, columns: Tensor, errors: Tensor, shares: Tensor, round_column: RoundColumn, pull: Tensor | None
+) -> None:
+    """Round the tile's columns in place, corrected by the tile's earlier errors, and leave their own in `errors`.
+
+    `pull` [j, i], zero unless i < j, is what column j takes of the rounded column i beside its share of the error.
+    """
     gather = errors.zero_().T  # a column's own error and those to come are still zero when it is reached
     for i, (column, error, share) in enumerate(zip(columns.unbind(), errors.unbind(), shares.unbind(), strict=True)):
+        if pull is not None:
+            column.addmv_(columns[:i].T, pull[i, :i])
         value = round_column(first + i, column.addmv_(gather, share, alpha=-1))
         torch.sub(column, value, out=error)
         column.copy_(value)

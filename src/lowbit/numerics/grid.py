@@ -17,22 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .spec import Float, Int, Number, ScaleDtype, Spec
-
-HALF_LARGEST = 65280.0
-"""The largest bf16 value below fp16's largest."""
-HALF_SMALLEST = 2.0**-24
-"""fp16's smallest positive value."""
-
-
-def store_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
-    """Round positive fp32 scales to what the storage dtype holds; the result is fp32 again, exact in that dtype."""
-    if dtype == "float32":
-        return scale
-    if dtype == "half":
-        return scale.clamp(HALF_SMALLEST, HALF_LARGEST).bfloat16().half().float().clamp_min(HALF_SMALLEST)
-    kind = getattr(torch, dtype)
-    return scale.clamp(torch.finfo(kind).tiny, torch.finfo(kind).max).to(kind).float()
+from .scales import divided, largest_exponent, store_scale, symmetric_scale
+from .spec import Codebook, Float, Int, Number, Spec
 
 
 def unit_shape(shape: torch.Size, block: tuple[int, int]) -> tuple[int, int]:
@@ -87,40 +73,69 @@ def magnitudes(number: Float) -> Tensor:
 def cast_float(x: Tensor, number: Float) -> Tensor:
     """Round fp32 values to the nearest value of a minifloat, ties to even, saturating at its largest.
 
-    The exponent comes from frexp: floor(log2) errs at powers of two.
+    Without mantissa bits a tie goes to the larger power of two.
     """
-    exponent = (torch.frexp(x).exponent - 1).clamp_min(1 - number.bias)
-    step = torch.exp2((exponent - number.mantissa).float())
-    return ((x / step).round() * step).clamp(-number.largest, number.largest)
+    step = float_spacing(x, number)
+    return (x / step).round_().mul_(step).clamp_(-number.largest, number.largest)
+
+
+def float_spacing(x: Tensor, number: Float) -> Tensor:
+    """Distance of a minifloat's values around fp32 values x.
+
+    It is read from their exponent bits: floor(log2) errs at powers of two, and frexp takes several times as long.
+    """
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return power.clamp_(2.0 ** (1 - number.bias), number.largest).mul_(2.0**-number.mantissa)
+
+
+@lru_cache
+def entries(number: Codebook) -> Tensor:
+    """The levels of a codebook, fp32."""
+    return torch.tensor(number.levels)
 
 
 def to_levels(y: Tensor, number: Number, zero: Tensor | None = None) -> Tensor:
     """Round y = x/s to the format's levels. `zero` broadcasts against y. Integers round before z is added."""
     if isinstance(number, Float):
         return cast_float(y, number)
+    if isinstance(number, Codebook):
+        table = entries(number).to(y.device)
+        return _look_up(table, torch.bucketize(y.contiguous(), (table[1:] + table[:-1]) / 2, out_int32=True))
     if zero is None:
         return y.round().clamp_(number.low, number.high)
     return torch.clamp(y.round(), number.low - zero, number.high - zero)
 
 
 def to_codes(levels: Tensor, number: Number, zero: Tensor | None = None) -> Tensor:
-    """Spell levels as codes: int8 for signed integers, uint8 for unsigned ones and for float bit patterns."""
+    """Spell levels as codes: int8 for signed integers, uint8 for all else (bit patterns, indices of codebooks)."""
     if isinstance(number, Int):
         codes = levels if zero is None else levels + zero
         return codes.to(torch.int8 if number.signed else torch.uint8)
-    table = magnitudes(number).to(levels.device)
-    sign = torch.signbit(levels).to(torch.uint8) << (number.bits - 1)
-    return torch.searchsorted(table, levels.abs().contiguous()).to(torch.uint8) | sign
+    if isinstance(number, Codebook):
+        return torch.searchsorted(entries(number).to(levels.device), levels.contiguous()).to(torch.uint8)
+    sign = torch.signbit(levels).to(torch.int32) << (number.bits - 1)
+    size = levels.abs()
+    # a normal number's bits are the leading ones of fp32 with the exponent counted from another bias
+    normal = (size.view(torch.int32) >> (23 - number.mantissa)) - ((127 - number.bias) << number.mantissa)
+    subnormal = (size * 2.0 ** (number.bias - 1 + number.mantissa)).to(torch.int32)
+    return (torch.where(size < 2.0 ** (1 - number.bias), subnormal, normal) | sign).to(torch.uint8)
 
 
 def to_values(codes: Tensor, number: Number, zero: Tensor | None = None) -> Tensor:
     """The inverse of `to_codes`: levels in fp32."""
     if isinstance(number, Int):
         return codes.float() if zero is None else codes.float() - zero
+    if isinstance(number, Codebook):
+        return _look_up(entries(number).to(codes.device), codes.int())
     table = magnitudes(number).to(codes.device)
     half = 1 << (number.bits - 1)
     table = torch.nn.functional.pad(table, (0, half - len(table)), value=float("nan"))
-    return torch.cat([table, -table])[codes.int()]
+    return _look_up(torch.cat([table, -table]), codes.int())
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], in a fraction of the time."""
+    return table.index_select(0, index.flatten()).view(index.shape)
 
 
 # --- grids ------------------------------------------------------------------------------------------------------------
@@ -131,25 +146,40 @@ class Grid:
     """The representable values of every unit of a tensor.
 
     `scale` and `zero` are [..., R/r, C/c] in fp32, the scale exact in its storage dtype; `zero` is None where the rule
-    has no zero-point, and counts codes otherwise.
+    has no zero-point, and counts codes otherwise. `outer` is what the scales are stored relative to, where they are
+    (see `scales.py`); `scale` already contains it.
     """
 
     spec: Spec
     scale: Tensor
     zero: Tensor | None = None
+    outer: Tensor | None = None
 
     def _spread(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x[..., :, None, :, None]
 
     def to(self, device: torch.device | str) -> Grid:
         """The same on another device."""
-        return Grid(self.spec, self.scale.to(device), None if self.zero is None else self.zero.to(device))
+        zero, outer = (None if x is None else x.to(device) for x in (self.zero, self.outer))
+        return Grid(self.spec, self.scale.to(device), zero, outer)
+
+    def rows(self, units: slice) -> Grid:
+        """The grid of these rows of units of a matrix."""
+        whole = units.indices(len(self.scale)) == (0, len(self.scale), 1)
+        assert whole or self.spec.scale != "double", "steps of double quantization span rows"
+        outer = self.outer if self.outer is None or len(self.outer) == 1 else self.outer[units]
+        return Grid(self.spec, self.scale[units], None if self.zero is None else self.zero[units], outer)
 
     def levels(self, x: Tensor) -> Tensor:
         """Round values [..., R, C] to levels of the same shape."""
         units = to_units(x.float(), self.spec.block)
         units = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, self._spread(self.zero))
         return from_units(units, x.shape)
+
+    def spell(self, levels: Tensor) -> Tensor:
+        """Codes of levels [..., R, C] of this grid: int8 or uint8, same shape."""
+        units = to_units(levels, self.spec.block)
+        return from_units(to_codes(units, self.spec.number, self._spread(self.zero)), levels.shape)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of values [..., R, C]: int8 or uint8, same shape."""
@@ -170,22 +200,24 @@ class Grid:
         return from_units(to_levels(units / scale, self.spec.number, self._spread(self.zero)) * scale, x.shape)
 
 
-def grid_from_range(low: Tensor, high: Tensor, spec: Spec) -> Grid:
+def grid_from_range(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None = None) -> Grid:
     """The grid whose codes cover [low, high] of every unit under the spec's scale rule.
 
-    A unit without range, or with one too small for an fp32 scale, gets scale 1: zeros come back as zeros, never NaN.
+    Scales stored relative to an outer one take `outer`; None fixes it here, which is right for the full range of a
+    whole tensor only. A unit without range, or with one too small for an fp32 scale, still gets one (1 for plain
+    scales): zeros come back as zeros, never NaN.
     """
     number = spec.number
-    if isinstance(number, Float) or number.symmetric:
+    if not isinstance(number, Int) or number.symmetric:
         amax = torch.maximum(high.abs(), low.abs())
-        scale = _divided(amax, _amax_levels(number))
+        scale, outer = symmetric_scale(amax, _amax_levels(number), spec, outer)
         unsigned = isinstance(number, Int) and not number.signed
         zero = torch.full_like(scale, float(1 << (number.bits - 1))) if unsigned else None
-        return Grid(spec, store_scale(torch.where(scale > 0, scale, 1.0), spec.scale), zero)
+        return Grid(spec, scale, zero, outer)
     if number.rule != "asymmetric-raw":
         low, high = low.clamp_max(0), high.clamp_min(0)
     steps = 2**number.bits if number.rule == "asymmetric-deepspeed" else 2**number.bits - 1
-    scale = _divided(high - low, steps)
+    scale = divided(high - low, steps)
     scale = store_scale(torch.where(scale > 0, scale, 1.0), spec.scale)
     zero = -(low / scale).round()
     if number.rule != "asymmetric-deepspeed":
@@ -193,14 +225,22 @@ def grid_from_range(low: Tensor, high: Tensor, spec: Spec) -> Grid:
     return Grid(spec, scale, zero)
 
 
-def _divided(x: Tensor, number: float) -> Tensor:
-    """x / number, correctly rounded everywhere: CUDA divides by a plain number through its reciprocal."""
-    return x / torch.full_like(x, number)
+def grid_range(grid: Grid) -> tuple[Tensor, Tensor]:
+    """Ends [..., R/r, C/c] of a range whose grid this is: the inverse of `grid_from_range`."""
+    number = grid.spec.number
+    if not isinstance(number, Int) or number.symmetric:
+        shared = grid.spec.scale.startswith("e8m0")  # rules round amax to a power of two
+        amax = grid.scale * (2.0 ** largest_exponent(number) if shared else _amax_levels(number))
+        return -amax, amax
+    assert grid.zero is not None, "asymmetric grids have a zero-point"
+    steps = 2**number.bits if number.rule == "asymmetric-deepspeed" else 2**number.bits - 1
+    low = -grid.zero * grid.scale
+    return low, low + steps * grid.scale
 
 
 def _amax_levels(number: Number) -> float:
     """How many scales make up amax under a symmetric rule."""
-    if isinstance(number, Float):
+    if not isinstance(number, Int):
         return number.largest
     if number.rule == "symmetric-restricted":
         return float((1 << (number.bits - 1)) - 1)
@@ -225,25 +265,30 @@ def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitErro
     """For every unit of x [R, C] the grid of least error among those covering [p min, p max], p in `ratios`.
 
     The first ratio wins ties, so put 1 first. The running best is kept apart from the original range: shrinkage must
-    not compound.
+    not compound. What scales are stored relative to belongs to the full range.
     """
     ratios = tuple(ratios)
     rows, columns = x.shape
-    step = max(1, _CHUNK["cuda" if x.is_cuda else "cpu"] // columns) if spec.block[0] == 1 else rows
-    parts = [
-        _search_rows(x[a : a + step].float(), spec, ratios, error, slice(a, a + step)) for a in range(0, rows, step)
-    ]
+    step = max(1, _CHUNK["cuda" if x.is_cuda else "cpu"] // columns) if spec.by_row else rows
+    full = fit_range(x, spec) if spec.relative else None
+    parts = []
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        outer = None if full is None else full.rows(chunk).outer
+        parts.append(_search_rows(x[chunk].float(), spec, ratios, error, chunk, outer))
     zeros = [part.zero for part in parts]
     zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None])
-    return Grid(spec, torch.cat([part.scale for part in parts]), zero)
+    return Grid(spec, torch.cat([part.scale for part in parts]), zero, None if full is None else full.outer)
 
 
-def _search_rows(x: Tensor, spec: Spec, ratios: tuple[float, ...], error: UnitError, rows: slice) -> Grid:
+def _search_rows(
+    x: Tensor, spec: Spec, ratios: tuple[float, ...], error: UnitError, rows: slice, outer: Tensor | None
+) -> Grid:
     low, high = unit_range(x, spec.block)
     units = to_units(x, spec.block)
     best, least = None, torch.full_like(low, torch.inf)
     for ratio in ratios:
-        grid = grid_from_range(low * ratio, high * ratio, spec)
+        grid = grid_from_range(low * ratio, high * ratio, spec, outer)
         scale = grid.scale[..., :, None, :, None]
         levels = to_levels(units / scale, spec.number, grid._spread(grid.zero))
         loss = error(levels.mul_(scale).sub_(units), rows)
@@ -256,7 +301,7 @@ def _search_rows(x: Tensor, spec: Spec, ratios: tuple[float, ...], error: UnitEr
 
 def _choose(take: Tensor, new: Grid, old: Grid) -> Grid:
     zero = None if new.zero is None or old.zero is None else torch.where(take, new.zero, old.zero)
-    return Grid(new.spec, torch.where(take, new.scale, old.scale), zero)
+    return Grid(new.spec, torch.where(take, new.scale, old.scale), zero, new.outer)
 
 
 def search_mse(

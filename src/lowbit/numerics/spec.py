@@ -19,8 +19,41 @@ Rule = Literal[
     "asymmetric-raw",
     "asymmetric-deepspeed",
 ]
-ScaleDtype = Literal["half", "float32", "bfloat16", "float16"]
-"""How a scale is stored. "half" keeps values that bf16 and fp16 both hold exactly: every file format can carry them."""
+ScaleDtype = Literal[
+    "half",
+    "float32",
+    "bfloat16",
+    "float16",
+    "e8m0",
+    "e8m0-rceil",
+    "e8m0-ceil",
+    "e8m0-even",
+    "e4m3",
+    "m2",
+    "m2-ceil",
+    "double",
+]
+"""How a scale S = amax/(largest level) is rounded and stored, before anything is rounded with it.
+
+==========  ==================================================================================  =======================
+half        a number that bf16 and fp16 both hold exactly: every file format can carry it       the default
+e8m0        2^(⌊log2 amax⌋ - ⌊log2 (largest level)⌋) in one byte; may saturate                  OCP MX
+e8m0-rceil  2^⌈log2 S⌉: never saturates                                                         MX; ZeroQuant-FP's M1
+e8m0-ceil   2^(⌈log2 amax⌉ - ⌊log2 (largest level)⌋)                                            MX
+e8m0-even   as e8m0, amax rounded to the format's mantissa first                                MX
+e4m3        an E4M3 number times one fp32 scale of the tensor (of each token, where dynamic)    NVFP4
+m2          S_max 2^-n, S_max the row's largest scale in fp32, n = ⌊log2(S_max/S)⌋ from 0 to 8  ZeroQuant-FP's M2
+m2-ceil     the same with ⌈⌉; may saturate                                                      ZeroQuant-FP's M2
+double      8 bits: the mean scale plus q steps, one fp32 step per 256 units                    QLoRA
+==========  ==================================================================================  =======================
+
+M2 with ⌊⌋ or ⌈⌉ by least error needs no name: ⌈⌉ is what ⌊⌋ gives for half the range, so any search of ranges finds it.
+"""
+
+PLAIN: tuple[ScaleDtype, ...] = ("half", "float32", "bfloat16", "float16")
+"""Scales that are one floating-point number each."""
+RELATIVE: tuple[ScaleDtype, ...] = ("e4m3", "m2", "m2-ceil", "double")
+"""Scales stored relative to something of the whole tensor or row (see `scales.py`)."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +125,44 @@ class Float:
         return f"fp{self.bits} e{self.exponent}m{self.mantissa}"
 
 
+@dataclass(frozen=True)
+class Codebook:
+    """A table of 2^bits levels in ascending order whose largest magnitude is 1; a code is an index."""
+
+    name: str
+    levels: tuple[float, ...]
+
+    @property
+    def bits(self) -> int:
+        return (len(self.levels) - 1).bit_length()
+
+    @property
+    def largest(self) -> float:
+        return 1.0
+
+    def __str__(self) -> str:
+        return self.name
+
+
 E4M3 = Float(4, 3, 448.0)
 E5M2 = Float(5, 2, 57344.0)
+E3M2 = Float(3, 2, 28.0)
+E2M3 = Float(2, 3, 7.5)
 E2M1 = Float(2, 1, 6.0)
+E3M0 = Float(3, 0, 16.0)
 
-Number = Int | Float
+NF4 = Codebook(
+    "nf4",
+    (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+)
+"""Quantiles of a Gaussian as QLoRA's files hold them (Dettmers et al. 2023), fp32."""
+
+Number = Int | Float | Codebook
 
 
 @dataclass(frozen=True)
@@ -116,8 +182,13 @@ class Spec:
         if any(size == 0 or size < -1 for size in self.block):
             raise ValueError(f"a unit is at least 1 x 1, or -1 for a whole axis, not {self.block[0]} x {self.block[1]}")
 
-        if self.square and isinstance(self.number, Int) and not self.number.symmetric:
-            raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
+        if isinstance(self.number, Int) and not self.number.symmetric:
+            if self.square:
+                raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
+            if self.scale not in PLAIN:
+                raise ValueError(f"{self.scale} scales have no zero-points: drop the asymmetric rule, or use half")
+        if self.dynamic and self.scale in RELATIVE and self.scale != "e4m3":
+            raise ValueError(f"{self.scale} scales relate the groups of a weight: inputs take e8m0 or e4m3 instead")
 
     @property
     def bits(self) -> int:
@@ -128,6 +199,16 @@ class Spec:
         return self.block[0] > 1 and self.block[1] > 1
 
     @property
+    def relative(self) -> bool:
+        """Whether scales are stored relative to an outer one."""
+        return self.scale in RELATIVE
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a weight of this format can be cut between any two rows."""
+        return self.block[0] == 1 and self.scale != "double"
+
+    @property
     def group(self) -> int:
         """Columns that share a scale, -1 for all of them."""
         return self.block[1]
@@ -135,7 +216,8 @@ class Spec:
     def __str__(self) -> str:
         named = {(1, self.group): f"group {self.group}", (1, -1): "per row", (-1, -1): "per tensor"}
         where = named.get(self.block, f"block {self.block[0]}x{self.block[1]}")
-        return f"{self.number}, {where}{', dynamic' if self.dynamic else ''}"
+        scales = "" if self.scale in PLAIN else f", {self.scale} scales"
+        return f"{self.number}, {where}{scales}{', dynamic' if self.dynamic else ''}"
 
 
 def per_tensor(number: Number, *, scale: ScaleDtype = "half", dynamic: bool = False) -> Spec:
@@ -166,3 +248,16 @@ def per_head(number: Number, width: int, *, scale: ScaleDtype = "half", dynamic:
 def per_block(number: Number, size: int, *, scale: ScaleDtype = "float32") -> Spec:
     """One scale per `size` x `size` square, symmetric (FP8 128 x 128)."""
     return Spec(number, (size, size), scale)
+
+
+def mx(number: Number, *, scale: ScaleDtype = "e8m0", dynamic: bool = False) -> Spec:
+    """OCP MX: one power of two per 32 columns. MXFP4 is E2M1, MXFP6 E3M2 or E2M3, MXFP8 E4M3 or E5M2, MXINT8 Int(8).
+
+    Integers count steps, OCP's MXINT8 counts 2^-6: its stored exponents are these plus 6.
+    """
+    return Spec(number, (1, 32), scale, dynamic)
+
+
+def nvfp4(*, dynamic: bool = False) -> Spec:
+    """NVFP4: E2M1 with one E4M3 scale per 16 columns, times one fp32 scale."""
+    return Spec(E2M1, (1, 16), "e4m3", dynamic)

@@ -135,4 +135,33 @@ class MinMax:
             self.low, self.high = self.low / scale, self.high / scale
 
 
-Statistic = Gram | AbsMean | MinMax
+class Cross:
+    """How far the inputs have drifted from the original model's: D = Σ (x̃ - x) xᵀ [I, I], fp32 (GPTAQ)."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def update(self, x: Tensor, original: Tensor) -> None:
+        """Add inputs x [T, I] and what the original model has in their place, x̃ [T, I]."""
+        x = x.float()
+        product = (original.float() - x).T @ x
+        self._sum = product if self._sum is None else self._sum.add_(product)
+
+    @property
+    def seen(self) -> bool:
+        """Whether both streams' inputs were ever observed together."""
+        return self._sum is not None
+
+    @property
+    def matrix(self) -> Tensor:
+        """D, to be read only: it is the statistic itself."""
+        assert self._sum is not None, "no inputs were observed"
+        return self._sum
+
+    def transport(self, scale: Tensor) -> None:
+        """Inputs of both models become x / scale, [I]."""
+        if self._sum is not None:
+            self._sum.div_(scale[:, None]).div_(scale)
+
+
+Statistic = Gram | AbsMean | MinMax | Cross

@@ -1,7 +1,7 @@
 """Recipes by name or file: what `--recipe`, `--set`, `--override` and `--ignore` mean, and what `lowbit recipes` shows.
 
 A recipe itself is `methods.base.Recipe`; here is only its spelling. `grammar` reads names, `document` reads and writes
-YAML, and both know methods from the registry alone.
+YAML, and both know methods from the registry alone. `papers` builds what was published on top of them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from ..methods.base import Recipe
 from .document import Calibration, LoadedRecipe, from_dict, load_yaml, to_dict, to_yaml
 from .grammar import EXAMPLE, parse, parse_override
 from .named import NAMED
+from .papers import PAPERS, PREFIX, paper, summary
 from .settings import assign
 
 __all__ = [
     "NAMED",
+    "PAPERS",
     "Calibration",
     "LoadedRecipe",
     "from_dict",
@@ -26,6 +28,7 @@ __all__ = [
     "parse",
     "resolve",
     "show",
+    "summary",
     "to_dict",
     "to_yaml",
 ]
@@ -38,7 +41,7 @@ def resolve(
     overrides: Sequence[str] = (),
     ignore: Sequence[str] = (),
 ) -> LoadedRecipe:
-    """The recipe of a name or a YAML file, changed as asked; a `Recipe` is taken as it is.
+    """The recipe of a name, of a paper or of a YAML file, changed as asked; a `Recipe` is taken as it is.
 
     settings: `gptq.damp=0.05` or a path of the document, in order. overrides: `PATTERN=SCHEME`, the last that matches
     a site wins. ignore: patterns of sites kept in 16 bits, whatever the overrides say. Raises ValueError with one
@@ -61,6 +64,8 @@ def show(recipe: str | Path) -> str:
 
 
 def _load(source: str | Path) -> LoadedRecipe:
+    if isinstance(source, str) and source.startswith(PREFIX):
+        return paper(source)
     if Path(source).suffix in (".yaml", ".yml"):
         return load_yaml(source)
     if isinstance(source, Path) or isfile(source):

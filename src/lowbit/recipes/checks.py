@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -45,12 +45,15 @@ def section(value: object, path: str, known: Iterable[str], what: str = "key") -
 
 
 def checked(value: object, kind: Any, path: str) -> Any:
-    """`value` as the annotation `kind` wants it, with no conversion but that of integers to floats."""
+    """`value` as the annotation `kind` wants it; all that is converted is integers to floats and lists to tuples."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        value = tuple(value)
     try:
         result = _adapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise ValueError(f"{path}: {reason[0].lower()}{reason[1:]}, not {value!r}") from None
-    if isinstance(result, float) and not math.isfinite(result):
+    numbers = result if isinstance(result, tuple) else (result,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise ValueError(f"{path}: a setting is a finite number, not {value!r}")
     return result

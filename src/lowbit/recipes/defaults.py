@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..methods.awq import AWQ, AWQClip
-from ..methods.base import Clip, Round, Transform
+from ..methods.base import Clip, Rotation, Round, Transform
 from ..methods.rtn import RTN, MinMaxClip
 from ..numerics.spec import Float, Number, ScaleDtype
 
 
-def default_clip(transforms: Sequence[Transform], round: Round) -> Clip:
+def default_clip(transforms: Sequence[Rotation | Transform], round: Round) -> Clip:
     """Ranges are searched for least output error wherever statistics of the inputs are at hand, and full otherwise.
 
     AWQ is its paper's scale search and clip search. GPTQ's paper takes the full range (`minmax+gptq`), and its code

@@ -15,15 +15,22 @@ from typing import Any, cast, get_type_hints
 
 import yaml
 
-from ..methods import CLIPS, ROUNDS, TRANSFORMS
-from ..methods.base import Clip, Override, Recipe, Round, Scheme, Transform
+from ..methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
+from ..methods.base import Clip, Correct, Override, Recipe, Reconstruct, Round, Scheme, Transform
 from ..methods.rtn import RTN
+from ..numerics.kv import KV
 from .checks import below, checked, section, unknown
 from .defaults import default_clip
 from .specs import activations_from_dict, activations_to_dict, weights_from_dict, weights_to_dict
 
-KEYS = ("name", "scheme", "transforms", "clip", "round", "calibration")
-_SLOTS: dict[str, Mapping[str, type]] = {"transform": TRANSFORMS, "clip": CLIPS, "round": ROUNDS}
+KEYS = ("name", "scheme", "transforms", "clip", "round", "reconstruct", "correct", "calibration")
+_SLOTS: dict[str, Mapping[str, type]] = {
+    "transform": TRANSFORMS,
+    "clip": CLIPS,
+    "round": ROUNDS,
+    "reconstruct": RECONSTRUCTS,
+    "correct": CORRECTS,
+}
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,14 @@ def to_dict(recipe: Recipe, calibration: Calibration | None = None) -> dict[str,
         "name": recipe.name,
         "scheme": {
             **_formats(recipe.scheme),
+            "kv": None if recipe.scheme.kv is None else recipe.scheme.kv.to_json(),
             "overrides": [{"pattern": each.pattern, **_formats(each)} for each in recipe.scheme.overrides],
         },
         "transforms": [_settings(transform) for transform in recipe.transforms],
         "clip": _settings(recipe.clip),
         "round": _settings(recipe.round),
+        "reconstruct": [_settings(method) for method in recipe.reconstruct],
+        "correct": [_settings(method) for method in recipe.correct],
     }
     if calibration is not None:
         data["calibration"] = {key: value for key, value in asdict(calibration).items() if value is not None}
@@ -78,16 +88,14 @@ def from_dict(data: object) -> LoadedRecipe:
     if "scheme" not in document:
         raise ValueError("the scheme is missing: add for instance scheme: {weights: {format: int4, group: 128}}")
     scheme = _scheme(document["scheme"])
-    transforms = checked(document.get("transforms", []), list[Any], "transforms")
-    maps = tuple(cast(Transform, _method(each, "transform", f"transforms[{i}]")) for i, each in enumerate(transforms))
-    for i, transform in enumerate(maps):
-        if transform.name in [earlier.name for earlier in maps[:i]]:
-            raise ValueError(f"transforms[{i}]: {transform.name} is listed twice, once is enough")
+    maps = cast(tuple[Transform, ...], _listed(document, "transform", "transforms"))
+    trained = cast(tuple[Reconstruct, ...], _listed(document, "reconstruct", "reconstruct"))
+    corrections = cast(tuple[Correct, ...], _listed(document, "correct", "correct"))
     round = cast(Round, _method(document["round"], "round", "round")) if "round" in document else RTN()
     clip = cast(Clip, _method(document["clip"], "clip", "clip")) if "clip" in document else default_clip(maps, round)
     pinned = document.get("calibration")
     calibration = None if pinned is None else cast(Calibration, _build(Calibration, pinned, "calibration"))
-    return LoadedRecipe(Recipe(scheme, round, clip, maps, name), calibration)
+    return LoadedRecipe(Recipe(scheme, round, clip, maps, name, trained, corrections), calibration)
 
 
 def to_yaml(recipe: Recipe, calibration: Calibration | None = None) -> str:
@@ -130,14 +138,15 @@ def _formats(owner: Scheme | Override) -> dict[str, Any]:
 
 
 def _scheme(data: object) -> Scheme:
-    parts = section(data, "scheme", ("weights", "activations", "overrides"))
+    parts = section(data, "scheme", ("weights", "activations", "kv", "overrides"))
     activations = activations_from_dict(parts.get("activations"), "scheme.activations")
     weights = weights_from_dict(parts.get("weights"), "scheme.weights", activations is not None)
     listed = checked(parts.get("overrides", []), list[Any], "scheme.overrides")
     overrides = tuple(_override(each, f"scheme.overrides[{i}]") for i, each in enumerate(listed))
-    if not (weights or activations or any(each.weights or each.activations for each in overrides)):
-        raise ValueError("scheme: nothing is quantized, give weights or activations a format")
-    return Scheme(weights, activations, overrides)
+    kv = None if parts.get("kv") is None else cast(KV, _build(KV, parts["kv"], "scheme.kv"))
+    if not (weights or activations or kv or any(each.weights or each.activations for each in overrides)):
+        raise ValueError("scheme: nothing is quantized, give weights, activations or kv a format")
+    return Scheme(weights, activations, overrides, kv)
 
 
 def _override(data: object, path: str) -> Override:
@@ -146,6 +155,16 @@ def _override(data: object, path: str) -> Override:
     activations = activations_from_dict(parts.get("activations"), below(path, "activations"))
     weights = weights_from_dict(parts.get("weights"), below(path, "weights"), activations is not None)
     return Override(pattern, weights, activations)
+
+
+def _listed(document: Mapping[str, Any], slot: str, key: str) -> tuple[Any, ...]:
+    """The methods that a document lists under `key`, each at most once."""
+    entries = checked(document.get(key, []), list[Any], key)
+    methods: tuple[Any, ...] = tuple(_method(each, slot, f"{key}[{i}]") for i, each in enumerate(entries))
+    for i, method in enumerate(methods):
+        if method.name in [earlier.name for earlier in methods[:i]]:
+            raise ValueError(f"{key}[{i}]: {method.name} is listed twice, once is enough")
+    return methods
 
 
 def _settings(method: Any) -> dict[str, dict[str, Any]]:

@@ -1,31 +1,62 @@
 """Recipe names: a small grammar, so that any composition can be typed.
 
     name        = [ method { "+" method } ] "-" scheme      (without methods the dash may go too)
-    scheme      = weights [ activations ] { option }
-    weights     = "w" BITS | "wfp8" | "wfp4" | "fp8" (which is wfp8afp8)
-    activations = "a" BITS | "afp8"
-    option      = "-g" GROUP | "-asym" | "-static"
+    scheme      = weights [ activations ] [ "kv" BITS | "k" BITS "v" BITS ] { option }
+    weights     = "w" BITS | "wfp8" | "wfp6" | "wfp4" | "fp8" (which is wfp8afp8) | "nf4"
+                | BLOCKS (which is BLOCKS "a" BLOCKS)
+    activations = "a" BITS | "afp8" | "afp6" | "afp4" | "a" BLOCKS
+    BLOCKS      = "nvfp4" | "mxfp4" | "mxfp6" | "mxfp8" | "mxint8"
+    option      = "-g" GROUP [ "-row" ] | "-kvg" GROUP | "-kivi" | "-asym" | "-pow2" | "-m2" | "-double" | "-static"
 
-16 bits are left alone. A name is read into an ordinary `Recipe` and forgotten: nothing further down knows the grammar.
+16 bits are left alone, and keys and values are ranged per token and head. `papers/NAME` is no part of the grammar: it
+is looked up (`papers`). A name is read into an ordinary `Recipe` and forgotten: nothing further down knows the grammar.
 It is read by hand, since two regular expressions are easier to be sure of than a parser's grammar file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from ..methods import CLIPS, ROUNDS, TRANSFORMS
-from ..methods.base import Clip, Override, Recipe, Round, Scheme, Transform
+from ..methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
+from ..methods.base import Override, Recipe, Scheme
 from ..methods.rtn import RTN
-from ..numerics.spec import E2M1, E4M3, Int, Number, Spec, per_channel, per_group, per_tensor, per_token
+from ..numerics.kv import KV, kivi
+from ..numerics.spec import (
+    E2M1,
+    E3M2,
+    E4M3,
+    NF4,
+    Int,
+    Number,
+    ScaleDtype,
+    Spec,
+    mx,
+    nvfp4,
+    per_group,
+    per_tensor,
+    per_token,
+)
 from .checks import unknown
 from .defaults import default_clip, default_scale
 
 EXAMPLE = "gptq-w4a16-g128"
 
-_FORMATS = re.compile(r"(?P<weights>w[0-9]+|wfp8|wfp4|fp8)(?P<activations>a[0-9]+|afp8)?")
+_FLOATS = {"fp8": E4M3, "fp6": E3M2, "fp4": E2M1}
+_BLOCKS = {"nvfp4": nvfp4(), "mxfp4": mx(E2M1), "mxfp6": mx(E3M2), "mxfp8": mx(E4M3), "mxint8": mx(Int(8))}
+"""Formats that say themselves which values share a scale, and how it is stored."""
+_NAMED: dict[str, Number | Spec] = {**_FLOATS, **_BLOCKS, "nf4": NF4}
+_SCALES: dict[str, ScaleDtype] = {"pow2": "e8m0-rceil", "m2": "m2", "double": "double"}
+
+_FIRST = ("w1 to w8", "w16", *(f"w{name}" for name in _FLOATS), "fp8", "nf4", *_BLOCKS)
+_SECOND = ("a2 to a8", "a16", *(f"a{name}" for name in (*_FLOATS, *_BLOCKS)))
+_FORMATS = re.compile(
+    rf"(?P<weights>w[0-9]+|wfp[468]|fp8|nf4|{'|'.join(_BLOCKS)})"
+    rf"(?P<activations>a(?:[0-9]+|{'|'.join((*_FLOATS, *_BLOCKS))}))?"
+    r"(?:kv(?P<kv>[0-9]+)|k(?P<keys>[0-9]+)v(?P<values>[0-9]+))?"
+)
+_KV_GROUP = re.compile(r"kvg[0-9]+")
 _GROUP = re.compile(r"g[0-9]+")
 
 
@@ -35,15 +66,15 @@ def parse(name: str) -> Recipe:
     bare = _FORMATS.match(head) is not None
     methods = [] if bare or not head else head.split("+")
     try:
-        transforms, clip, round = _steps(methods)
+        steps = _steps(methods)
         if not (bare or tail):
             raise ValueError(f"it does not say what to quantize to, write for instance {EXAMPLE}")
         scheme = parse_scheme(name if bare else tail)
-        if scheme.weights is None and scheme.activations is None:
+        if scheme.weights is None and scheme.activations is None and scheme.kv is None:
             raise ValueError("16-bit weights and 16-bit activations leave nothing to quantize")
     except ValueError as error:
         raise ValueError(f"recipe '{name}': {error}") from None
-    return Recipe(scheme, round, clip, transforms, name)
+    return replace(steps, scheme=scheme, name=name)
 
 
 def parse_override(text: str) -> Override:
@@ -55,33 +86,57 @@ def parse_override(text: str) -> Override:
         scheme = parse_scheme(words)
     except ValueError as error:
         raise ValueError(f"override '{text}': {error}") from None
+    if scheme.kv is not None:
+        raise ValueError(f"override '{text}': keys and values have one format for all layers: leave them to the recipe")
     return Override(pattern, scheme.weights, scheme.activations)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def _steps(words: Sequence[str]) -> tuple[tuple[Transform, ...], Clip, Round]:
-    """The slots that the methods of a name fill; RTN and the default clip fill what is left."""
-    known = [*TRANSFORMS, *CLIPS, *ROUNDS]
+_RANK = re.compile(r"(?P<name>lorc)(?P<rank>[0-9]+)")
+
+
+def _steps(words: Sequence[str]) -> Recipe:
+    """A recipe without a scheme whose slots are what the words name; RTN and the default clip fill what is left."""
     for word in words:
-        if word not in known:
-            raise unknown("method", word, known)
         if words.count(word) > 1:
             raise ValueError(f"{word} is named twice: once is enough")
-    transforms = [word for word in words if word in TRANSFORMS]
-    clips = [word for word in words if word in CLIPS]
-    rounds = [word for word in words if word in ROUNDS]
+    before = {name: kind for name, kind in RECONSTRUCTS.items() if not kind.after}
+    after = {name: kind for name, kind in RECONSTRUCTS.items() if kind.after}
+    slots: tuple[Mapping[str, type], ...] = (TRANSFORMS, CLIPS, before, ROUNDS, after, CORRECTS)
+    filled = [[word for word in words if _kind(word) in slot] for slot in slots]
+    for word in words:
+        if not any(word in names for names in filled):
+            raise unknown("method", word, [name for slot in slots for name in slot])
+    transforms, clips, trained, rounds, retrained, corrections = filled
     if len(clips) > 1:
         raise ValueError(f"{' and '.join(clips)} both choose the range of the codes: keep one of them")
     if len(rounds) > 1:
         raise ValueError(f"{' and '.join(rounds)} both choose the codes: keep one of them")
-    ordered = transforms + clips + rounds
+    ordered = [word for names in filled for word in names]
     if list(words) != ordered:
-        raise ValueError(f"transforms come first, then the clip, then rounding: {'+'.join(ordered)}")
+        raise ValueError(
+            "transforms come first, then the clip, what is trained before rounding, rounding, what is trained after "
+            f"it, corrections: {'+'.join(ordered)}"
+        )
     maps = tuple(TRANSFORMS[word]() for word in transforms)
     round = ROUNDS[rounds[0]]() if rounds else RTN()
-    return maps, CLIPS[clips[0]]() if clips else default_clip(maps, round), round
+    clip = CLIPS[clips[0]]() if clips else default_clip(maps, round)
+    reconstruct = tuple(RECONSTRUCTS[word]() for word in (*trained, *retrained))
+    correct = tuple(CORRECTS[_kind(word)](**_rank(word)) for word in corrections)
+    return Recipe(Scheme(None), round, clip, maps, reconstruct=reconstruct, correct=correct)
+
+
+def _kind(word: str) -> str:
+    """The method a word names: `lorc32` is lorc."""
+    match = _RANK.fullmatch(word)
+    return match["name"] if match else word
+
+
+def _rank(word: str) -> dict[str, int]:
+    match = _RANK.fullmatch(word)
+    return {"rank": int(match["rank"])} if match else {}
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
@@ -90,8 +145,19 @@ def _steps(words: Sequence[str]) -> tuple[tuple[Transform, ...], Clip, Round]:
 @dataclass(frozen=True)
 class _Options:
     group: int | None = None
-    asym: bool = False
-    static: bool = False
+    flags: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> ScaleDtype | None:
+        """How weight scales are stored, where an option says so."""
+        chosen = [_SCALES[flag] for flag in self.flags if flag in _SCALES]
+        return chosen[0] if chosen else None
+
+    @property
+    def of_weights(self) -> list[str]:
+        """The options that describe weights, as they were written."""
+        written = [f"-{flag}" for flag in self.flags if flag != "static"]
+        return [f"-g{self.group}", *written] if self.group else written
 
 
 def parse_scheme(words: str) -> Scheme:
@@ -99,27 +165,51 @@ def parse_scheme(words: str) -> Scheme:
     formats, *rest = words.split("-")
     match = _FORMATS.match(formats)
     if match is None:
-        raise ValueError(
-            f"cannot read '{formats}': a scheme begins with w1 to w8, w16, wfp8, wfp4 or fp8 in this version"
-        )
+        raise ValueError(f"cannot read '{formats}': a scheme begins with {_either(_FIRST)} in this version")
     if match.end() < len(formats):
         left = formats[match.end() :]
-        raise ValueError(f"cannot read '{left}' in '{formats}': this version knows a2 to a8, a16 and afp8 there")
-    weights, inputs = _numbers(match["weights"], match["activations"] or "")
-    options = _options(rest)
-    return Scheme(_weight_spec(weights, inputs is not None, options), _activation_spec(inputs, options))
+        raise ValueError(f"cannot read '{left}' in '{formats}': this version knows {_either(_SECOND)} there")
+    weights, inputs = _formats(match["weights"], match["activations"] or "")
+    cached = [word for word in rest if word == "kivi" or _KV_GROUP.fullmatch(word)]
+    options = _options([word for word in rest if word not in cached])
+    kv = _kv(match["keys"] or match["kv"], match["values"] or match["kv"], cached)
+    return Scheme(_weight_spec(weights, inputs is not None, options), _activation_spec(inputs, options), kv=kv)
 
 
-def _numbers(weights: str, activations: str) -> tuple[Number | None, Number | None]:
-    """The number formats of both halves; None is 16 bits."""
+def _kv(keys: str | None, values: str | None, words: Sequence[str]) -> KV | None:
+    """The cache's format: per token and head, with -kvgG per group of channels, with -kivi as KIVI stores it."""
+    if keys is None or values is None:
+        if words:
+            raise ValueError(f"-{words[0]} describes quantized keys and values: add for instance kv4 in front")
+        return None
+    if len(words) > 1:
+        raise ValueError(f"-{' and -'.join(words)} both say which keys and values share a scale: keep one of them")
+    k, v = (_int(bits, "keys and values", 1) for bits in (keys, values))
+    plain = KV(None if k is None else k.bits, None if v is None else v.bits)
+    if plain == KV() or not words:
+        return None if plain == KV() else plain
+    if words[0] == "kivi":
+        return replace(kivi(), keys=plain.keys, values=plain.values)
+    return replace(plain, layout="group", group=int(words[0].removeprefix("kvg")))
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _formats(weights: str, activations: str) -> tuple[Number | Spec | None, Number | Spec | None]:
+    """What both halves are: numbers, whose units are for the options to say, or whole formats; None is 16 bits."""
     if weights == "fp8":
         if activations not in ("", "a16"):
             raise ValueError(f"fp8 means FP8 activations, or none as fp8a16: for others write wfp8{activations}")
-        return E4M3, None if activations else E4M3
-    inputs = E4M3 if activations == "afp8" else _int(activations[1:] or "16", "activations", 2)
-    if weights in ("wfp8", "wfp4"):
-        return (E4M3 if weights == "wfp8" else E2M1), inputs
-    return _int(weights[1:], "weights", 1), inputs
+        weights, activations = "wfp8", activations or "afp8"
+    if weights in _BLOCKS:
+        activations = activations or f"a{weights}"
+    kind, inputs = weights.removeprefix("w"), activations.removeprefix("a") or "16"
+    return (
+        _NAMED[kind] if kind in _NAMED else _int(kind, "weights", 1),
+        _NAMED[inputs] if inputs in _NAMED else _int(inputs, "activations", 2),
+    )
 
 
 def _int(bits: str, what: str, least: int) -> Int | None:
@@ -133,37 +223,55 @@ def _int(bits: str, what: str, least: int) -> Int | None:
 def _options(words: Sequence[str]) -> _Options:
     groups = [word for word in words if _GROUP.fullmatch(word)]
     flags = [word for word in words if word not in groups]
+    known = ("asym", *_SCALES, "row", "static")
     for flag in flags:
-        if flag not in ("asym", "static"):
-            raise unknown("option", f"-{flag}", ("-gGROUP", "-asym", "-static"))
+        if flag not in known:
+            raise unknown("option", f"-{flag}", ("-gGROUP", "-kvgGROUP", "-kivi", *(f"-{each}" for each in known)))
         if flags.count(flag) > 1:
             raise ValueError(f"-{flag} is given twice: once is enough")
     if len(groups) > 1:
         raise ValueError(f"-{' and -'.join(groups)} give two group sizes: keep one of them")
+    stored = [flag for flag in flags if flag in _SCALES]
+    if len(stored) > 1:
+        raise ValueError(f"-{' and -'.join(stored)} both say how scales are stored: keep one of them")
     group = int(groups[0][1:]) if groups else None
     if group == 0:
         raise ValueError("a group has at least one column: -g128 is usual, and no -g means whole rows")
-    return _Options(group, "asym" in flags, "static" in flags)
+    return _Options(group, tuple(flags))
 
 
-def _weight_spec(number: Number | None, quantized_inputs: bool, options: _Options) -> Spec | None:
+def _weight_spec(number: Number | Spec | None, quantized_inputs: bool, options: _Options) -> Spec | None:
     """One scale per group where a group is given, per output channel otherwise; symmetric unless the name says so."""
-    if number is None:
-        if options.asym or options.group:
+    if number is None or isinstance(number, Spec):
+        if options.of_weights and number is None:
             raise ValueError("-g and -asym describe quantized weights, and w16 has none: drop them")
-        return None
-    if options.asym:
+        if options.of_weights:
+            raise ValueError(f"{number} is a whole format: drop {' and '.join(options.of_weights)}")
+        return number
+    if "asym" in options.flags:
         if not isinstance(number, Int):
             raise ValueError(f"-asym needs integers, and {number} has no zero-point: drop it")
         number = Int(number.bits, "asymmetric")
-    scale = default_scale(number, quantized_inputs)
-    return per_group(number, options.group, scale=scale) if options.group else per_channel(number, scale=scale)
+    group = options.group or (64 if number == NF4 else -1)
+    scale = options.scale or default_scale(number, quantized_inputs)
+    if scale == "m2" and (group == -1 or "row" in options.flags):
+        raise ValueError("-m2 relates the groups of a row, and there is one: write for instance -g256-m2")
+    if "row" in options.flags:
+        if options.group is None:
+            raise ValueError("-row lets whole rows share a scale, -g saying how many: write for instance -g16-row")
+        return Spec(number, (group, -1), scale)
+    return per_group(number, group, scale=scale)
 
 
-def _activation_spec(number: Number | None, options: _Options) -> Spec | None:
-    """Per token and dynamic, or with -static per tensor from calibrated ranges."""
+def _activation_spec(number: Number | Spec | None, options: _Options) -> Spec | None:
+    """Per token and dynamic, or with -static per tensor from calibrated ranges; blocks are always dynamic."""
+    static = "static" in options.flags
     if number is None:
-        if options.static:
+        if static:
             raise ValueError("-static describes quantized activations, and there are none: drop it, or add a8 or afp8")
         return None
-    return per_tensor(number, scale="float32") if options.static else per_token(number)
+    if isinstance(number, Spec):
+        if static:
+            raise ValueError(f"the ranges of {number} come with the values: drop -static")
+        return replace(number, dynamic=True)
+    return per_tensor(number, scale="float32") if static else per_token(number)

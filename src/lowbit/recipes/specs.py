@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from ..numerics.spec import E2M1, E4M3, E5M2, Float, Int, Number, Rule, ScaleDtype, Spec
+from ..numerics.spec import E2M1, E2M3, E3M0, E3M2, E4M3, E5M2, NF4, Int, Number, Rule, ScaleDtype, Spec
 from .checks import checked, section, unknown
 from .defaults import default_scale
 
 FORMATS: dict[str, Number] = {
     **{f"int{bits}": Int(bits) for bits in range(1, 9)},
-    **{str(number).replace(" ", "-"): number for number in (E4M3, E5M2, E2M1)},
+    **{str(number).replace(" ", "-"): number for number in (E4M3, E5M2, E3M2, E2M3, E2M1, E3M0, NF4)},
 }
 _NAMES = {number: name for name, number in FORMATS.items()}
 _GROUPS = {"channel": (1, -1), "tensor": (-1, -1)}
@@ -82,7 +82,7 @@ def _number(fields: Any, path: str) -> Number:
     number = FORMATS[_choice(name, "format", FORMATS, f"{path}.format")]
     if "rule" not in fields:
         return number
-    if isinstance(number, Float):
+    if not isinstance(number, Int):
         raise ValueError(f"{path}.rule: scale rules are for integers and {name} is none, leave it out")
     rule: Rule = _choice(fields["rule"], "rule", get_args(Rule), f"{path}.rule")
     try:

@@ -7,50 +7,80 @@ batch. What comes out is what is stored, and what is stored is what makes the ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..graph.anatomy import BlockAnatomy, Edge, Site, Tap
-from ..graph.fold import apply_scale
-from ..methods.base import Recipe, Stats, Transform
+from ..graph.anatomy import Edge, Site, Tap
+from ..methods.base import Fold, Stats, Transform
 from ..modules.linear import install
-from ..numerics.grid import Grid, fit_range, grid_from_range
-from ..numerics.qtensor import QLayer, QTensor, QWeight
+from ..numerics.grid import Grid
+from ..numerics.qtensor import QAttention, QLayer, QWeight
 from ..numerics.spec import Spec
-from .edges import BlockEdge, inspects_reader, stored_scale
-from .observe import Forward, Observed, observe
+from .edges import BlockEdge, inspects_reader
+from .hidden import HiddenStates
+from .observe import Observed, observe
+from .stages import Layout, Passes, stages
+from .student import Student
+from .work import BlockWork, FixedGrid
 
 STARVED = 32
 """An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
 REPLAYED_TOKENS = 16384
 """Transforms that try candidates by running the inspected modules do so on about this many tokens, evenly spread."""
 
-Formats = Mapping[str, tuple[Spec | None, Spec | None]]
-"""Site name within the block -> (weight format, input format); None keeps 16 bits."""
-
 
 @dataclass(frozen=True)
 class Text:
-    """The calibration text as a block sees it: how to run a micro-batch, how many there are, of how many tokens."""
+    """The calibration text as a block sees it: how to run a micro-batch, and the streams it comes from.
 
-    forward: Forward
-    batches: int
-    tokens_per_batch: int
+    `inputs` are what the quantized blocks before this one give. Where the recipe asks for the original model's stream,
+    `clean` are its states in front of this block, and `targets` take those behind it.
+    """
+
+    call: Callable[[nn.Module, int, Tensor], Tensor]
+    """(block, micro-batch, hidden states) -> the block's output hidden states [b, T, D]."""
+    inputs: HiddenStates
+    clean: HiddenStates | None = None
+    targets: HiddenStates | None = None
+    onward: bool = True
+    """Whether another block follows, which wants this one's outputs for inputs."""
+    budget: int = 0
+    """Bytes that may be kept in memory between the passes of a sequential Round."""
+
+    @property
+    def batches(self) -> int:
+        return len(self.inputs)
+
+    def forward(self, block: nn.Module, batch: int) -> Tensor:
+        """The block's output for one micro-batch of the quantized stream."""
+        return self.call(block, batch, self.inputs[batch])
+
+    def forward_clean(self, block: nn.Module, batch: int) -> Tensor:
+        """The block's output for one micro-batch of the original model's stream."""
+        assert self.clean is not None, "the recipe did not ask for the original model's stream"
+        return self.call(block, batch, self.clean[batch])
+
+    def fill_targets(self, block: nn.Module) -> None:
+        """Run the original block on the float stream, if it is wanted."""
+        if self.targets is not None:
+            for batch in range(self.batches):
+                self.targets[batch] = self.forward_clean(block, batch)
 
     def replayed(self) -> tuple[int, ...]:
         """Evenly spread micro-batches that hold about REPLAYED_TOKENS tokens."""
-        count = min(self.batches, max(1, REPLAYED_TOKENS // self.tokens_per_batch))
+        first = self.inputs[0]
+        count = min(self.batches, max(1, REPLAYED_TOKENS // (first.shape[0] * first.shape[1])))
         return tuple(index * self.batches // count for index in range(count))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished block: quantized linears and every other tensor, by name within the block, and what to report."""
+    """A finished block: quantized layers and every other tensor, by name within the block, and what to report."""
 
-    layers: dict[str, QLayer]
+    layers: dict[str, QLayer | QAttention]
     rest: dict[str, Tensor]
     error_before: float
     """Error of rounding every weight to nearest, without the recipe's steps."""
@@ -59,6 +89,8 @@ class Outcome:
     """What the errors are: "output", relative squared error of the block's output, or "weight", of its weights."""
     experts: dict[str, int] = field(default_factory=dict)
     """Tokens that each expert's linears saw."""
+    advanced: bool = False
+    """Whether the text's inputs have become this block's outputs, made on the way by what is stored."""
 
     @property
     def starved(self) -> list[str]:
@@ -67,39 +99,45 @@ class Outcome:
 
 
 @torch.no_grad()
-def quantize_block(
-    block: nn.Module,
-    anatomy: BlockAnatomy,
-    tensors: Mapping[str, Tensor],
-    recipe: Recipe,
-    formats: Formats,
-    text: Text | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Outcome:
-    """Quantize a skeleton's block from its checkpoint `tensors` (names within the block).
+def quantize_block(work: BlockWork, text: Text | None, seed: int = 0) -> Outcome:
+    """Quantize a block.
 
-    `text` is None for a recipe that needs none. Otherwise the block is left holding the quantized layers, computing in
-    `dtype`, ready to make the next block's inputs.
+    `text` is None for a recipe that needs none. Otherwise the next block's inputs have been made already (`advanced`),
+    or the block is left holding the quantized layers, computing in the working dtype, ready to make them. `seed` is
+    this block's own.
     """
-    work = _BlockWork(block, anatomy, recipe, formats, tensors, dtype, device)
+    recipe = work.recipe
     if text is None:
-        layers = work.round_taps(anatomy.taps, {})
-        return Outcome(layers, work.rest(), *work.weight_errors(layers), "weight")
-    install(block, {}, tensors, dtype, device)
-    observed = work.observe(text)
-    target = observed.outputs[0]
-    plain_inputs = {site.name: work.input_grid(site, observed.stats) for site in anatomy.sites}
-    experts = {s.name: observed.stats[s.name].tokens for s in anatomy.sites if s.expert is not None and observed.stats}
-    work.transform(observed)
-    observed.samples.clear()
-    layers = work.round_in_order(text) if recipe.round.sequential else work.round_taps(anatomy.taps, observed.stats)
-    rest = work.rest()
-    work.source = tensors  # fp32 copies go, and the Gram matrices went: the yardstick may use their memory
-    install(block, work.plain_layers(plain_inputs), work.rest(), dtype, device)
-    before = relative_error(text.forward(block, 0), target)
-    install(block, layers, rest, dtype, device)
-    return Outcome(layers, rest, before, relative_error(text.forward(block, 0), target), "output", experts)
+        layers = _corrected(work, _rounded(work, work.anatomy.taps, {}), {})
+        finished: dict[str, QLayer | QAttention] = {**layers, **work.kept(), **work.attention()}
+        return Outcome(finished, work.rest(), *_weight_errors(work, layers), "weight")
+    work.install_dense()
+    work.watch_keys_and_values()
+    layout, start = Layout(), text.inputs[0]
+    observed = _observe(work, text, recipe.folds, outputs=(0,), layout=layout)
+    text.fill_targets(work.block)
+    target = observed.outputs[0] if text.targets is None else text.targets[0].to(work.device)
+    plain_inputs = {site.name: work.input_grid(site, observed.stats) for site in work.anatomy.sites}
+    experts = _tokens_of_experts(work, observed.stats)
+    observed = _transform(work, observed, text)
+    _quantize_cache(work, text, moved=bool(recipe.folds))
+    observed = _train(work, observed, text, seed)
+    if recipe.round.sequential:
+        layers, experts = _round_in_order(work, text, layout)
+    else:
+        layers = _rounded(work, work.anatomy.taps, observed.stats)
+    advanced = recipe.round.sequential and text.onward and not recipe.retrains
+    layers = _train_codes(work, layers, observed, text, seed)
+    if recipe.retrains or not recipe.round.sequential:
+        layers = _corrected(work, layers, observed.stats)
+    finished, rest = {**layers, **work.kept(), **work.attention()}, work.rest()
+    before = _plain_error(work, plain_inputs, text, start, target)
+    if advanced:
+        output = text.inputs[0].to(work.device)
+    else:
+        install(work.block, finished, rest, work.dtype, work.device)
+        output = text.call(work.block, 0, start)
+    return Outcome(finished, rest, before, relative_error(output, target), "output", experts, advanced)
 
 
 def relative_error(value: Tensor, target: Tensor) -> float:
@@ -108,177 +146,271 @@ def relative_error(value: Tensor, target: Tensor) -> float:
     return float((value.float() - target).square().sum() / target.square().sum().clamp_min(1e-30))
 
 
-class _BlockWork:
-    """The state of one block between reading and writing: `source` holds the weights that rounding starts from."""
+def _plain_error(
+    work: BlockWork, inputs: Mapping[str, Grid | None], text: Text, start: Tensor, target: Tensor
+) -> float:
+    """Error of plain rounding. It comes last: fp32 copies and Gram matrices are gone, and their memory is free.
 
-    def __init__(
-        self,
-        block: nn.Module,
-        anatomy: BlockAnatomy,
-        recipe: Recipe,
-        formats: Formats,
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.block, self.anatomy, self.recipe, self.formats = block, anatomy, recipe, formats
-        self.tensors, self.dtype, self.device = tensors, dtype, device
-        self.source: Mapping[str, Tensor] = tensors
-
-    def weight(self, site: Site) -> Tensor:
-        """The site's weight [O, I] in fp32, transforms folded in."""
-        weight = self.source[f"{site.name}.weight"].to(self.device)
-        return (weight.T if site.transposed else weight).float()
-
-    def rest(self) -> dict[str, Tensor]:
-        """Every tensor of the block that is not a quantized weight, in its checkpoint dtype."""
-        quantized = {f"{site.name}.weight" for site in self.anatomy.sites if self.formats[site.name][0] is not None}
-        return {
-            name: self.source.get(name, tensor).detach().to("cpu", tensor.dtype)
-            for name, tensor in self.tensors.items()
-            if name not in quantized
-        }
-
-    # --- observing ----------------------------------------------------------------------------------------------------
-
-    def observe(self, text: Text) -> Observed:
-        """Statistics and recorded calls on the block as it arrived, and its output for the first micro-batch."""
-        inspect = {edge.inspect for edge in self.anatomy.edges if self._replays(edge)}
-        recorded = text.replayed() if inspect else ()
-        needs = self.recipe.needs
-        return observe(
-            self.block,
-            self.anatomy.taps,
-            needs,
-            text.forward,
-            text.batches,
-            inspect=inspect,
-            recorded=recorded,
-            outputs=(0,),
-        )
-
-    def _replays(self, edge: Edge) -> bool:
-        """Whether trying candidates on this edge takes calls of the inspected module (see `BlockEdge.error`)."""
-        if not any(transform.replays for transform in self.recipe.transforms):
-            return False
-        return not inspects_reader(edge) or self.formats[edge.readers[0].name][1] is not None
-
-    def plain_layers(self, inputs: Mapping[str, Grid | None]) -> dict[str, QLayer]:
-        """Every quantized site rounded to nearest on its min-max grid: the yardstick of `error_before`."""
-        layers = {}
-        for site in self.anatomy.sites:
-            weights, activations = self.formats[site.name]
-            if weights is not None:
-                grid = fit_range(self.weight(site), weights)
-                codes = QTensor(grid.encode(self.weight(site)), grid)
-                layers[site.name] = QLayer(QWeight((codes,)), activations, inputs.get(site.name))
-        return layers
-
-    # --- transforming -------------------------------------------------------------------------------------------------
-
-    def transform(self, observed: Observed) -> None:
-        """Fold every transform's scales into fp32 weights and carry the statistics over."""
-        if not self.recipe.transforms:
-            return
-        install(self.block, {}, self.tensors, torch.float32, self.device)
-        self.source = dict(self.block.named_parameters())
-        for transform in self.recipe.transforms:
-            for edge in self.anatomy.edges:
-                self._transform_edge(transform, edge, observed)
-
-    def _transform_edge(self, transform: Transform, edge: Edge, observed: Observed) -> None:
-        formats = [self.formats[site.name] for site in edge.readers]
-        stats = [observed.stats[site.name] for site in edge.readers]
-        if all(weights is None for weights, _ in formats) or not any(stat.tokens for stat in stats):
-            return
-        view = BlockEdge(
-            edge=edge,
-            block=self.block,
-            weights=[self.weight(site) for site in edge.readers],
-            specs=[weights for weights, _ in formats],
-            activations=[inputs for _, inputs in formats],
-            stats=stats,
-            samples=observed.samples.get(edge.inspect, ()),
-            dtype=self.dtype,
-        )
-        scale = transform.scale(view)
-        if scale is None:
-            return
-        scale = stored_scale(self.block, edge, scale, self.tensors)
-        apply_scale(self.block, edge, scale)
-        for stat in {id(stat): stat for stat in stats}.values():
-            stat.transport(view.to_readers(scale))
-
-    # --- rounding -----------------------------------------------------------------------------------------------------
-
-    def round_taps(self, taps: Sequence[Tap], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
-        """Round the quantized sites of `taps`, linears of one tap and format as one matrix."""
-        layers = {}
-        for tap in taps:
-            for sites, spec, scores in self._batches(tap):
-                seen = stats.get(tap.name)
-                if seen is not None and sites[0].expert is not None and seen.tokens < STARVED:
-                    seen = None
-                stacked = torch.cat([self.weight(site) for site in sites])
-                rounded = self.recipe.round.round(stacked, spec, self.recipe.clip, seen, scores=scores)
-                start = 0
-                for site in sites:
-                    part = rounded.rows(start, start + site.shape[0])
-                    inputs = self.formats[site.name][1]
-                    layers[site.name] = QLayer(QWeight((part.to("cpu"),)), inputs, self.input_grid(site, stats))
-                    start += site.shape[0]
-            if tap.name in stats:
-                stats[tap.name].release()
-        return layers
-
-    def _batches(self, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
-        """The tap's quantized sites in batches that share format and treatment; units must not span two linears."""
-        batches: dict[tuple[Spec, bool, str], list[Site]] = {}
-        for site in tap.sites:
-            spec = self.formats[site.name][0]
-            if spec is not None:
-                alone = "" if spec.block[0] == 1 else site.name
-                batches.setdefault((spec, site.name in self.anatomy.scores, alone), []).append(site)
-        for (spec, scores, _), sites in batches.items():
-            yield sites, spec, scores
-
-    def round_in_order(self, text: Text) -> dict[str, QLayer]:
-        """True-sequential: observe again behind every rounded tap. Experts of one projection count as one tap."""
-        stages: dict[str, list[Tap]] = {}
-        for tap in self.anatomy.taps:
-            site = tap.sites[0]
-            key = site.name if site.expert is None else site.name.replace(f".{site.expert}.", ".*.")
-            stages.setdefault(key, []).append(tap)
-        install(self.block, {}, self.source, self.dtype, self.device)
-        layers: dict[str, QLayer] = {}
-        for taps in stages.values():
-            seen = observe(self.block, taps, self.recipe.needs, text.forward, text.batches)
-            fresh = self.round_taps(taps, seen.stats)
-            install(self.block, fresh, self.source, self.dtype, self.device)
-            layers.update(fresh)
-        return layers
-
-    def input_grid(self, site: Site, stats: Mapping[str, Stats]) -> Grid | None:
-        """The calibrated grid of a site's inputs; None where they are kept or quantized as they come."""
-        spec = self.formats[site.name][1]
-        return None if spec is None or spec.dynamic else static_grid(spec, stats.get(site.name))
-
-    def weight_errors(self, layers: Mapping[str, QLayer]) -> tuple[float, float]:
-        """Relative squared error of the block's weights: plainly rounded, and as they are."""
-        plain = self.plain_layers({})
-        sums = [0.0, 0.0, 1e-30]
-        for site in self.anatomy.sites:
-            if site.name in layers:
-                weight = self.weight(site)
-                for index, chosen in enumerate((plain, layers)):
-                    rounded = chosen[site.name].weight.to(weight.device).dequantize()
-                    sums[index] += float((rounded - weight).square().sum())
-                sums[2] += float(weight.square().sum())
-        return sums[0] / sums[2], sums[1] / sums[2]
+    What is rounded is the block as the checkpoint has it, before any rotation, on the same text turned back.
+    """
+    plain = work.unturned()
+    plain.restore_linears()
+    work.source = {}
+    if work.residual is not None:
+        start, target = (turned_back(states, work.residual) for states in (start, target))
+    if work.turned and any(grid is not None for grid in inputs.values()):
+        inputs = _plain_inputs(plain, text, start)
+    install(work.block, plain.plain_layers(inputs), plain.rest(), work.dtype, work.device)
+    return relative_error(text.call(work.block, 0, start), target)
 
 
-def static_grid(spec: Spec, stats: Stats | None) -> Grid:
-    """The calibrated grid of a static per-tensor input format; an input never seen gets the range of a unit."""
-    if stats is None or stats.minmax is None or stats.minmax.low is None or stats.minmax.high is None:
-        return grid_from_range(torch.full((1, 1), -1.0), torch.full((1, 1), 1.0), spec)
-    return grid_from_range(stats.minmax.low.min().reshape(1, 1), stats.minmax.high.max().reshape(1, 1), spec)
+def turned_back(states: Tensor, residual: Tensor) -> Tensor:
+    """Hidden states [b, T, D] of a rotated model as the original has them."""
+    return (states.to(residual.device, torch.float64) @ residual.T).to(states.dtype)
+
+
+def _plain_inputs(plain: BlockWork, text: Text, start: Tensor) -> dict[str, Grid | None]:
+    """Static input ranges of the block before its rotation, over the very text that plain rounding is judged on."""
+
+    def forward(block: nn.Module, batch: int) -> Tensor:
+        return text.call(block, batch, start)
+
+    install(plain.block, {}, plain.source, plain.dtype, plain.device)
+    observed = observe(plain.block, plain.anatomy.taps, frozenset({"minmax"}), forward, 1)
+    return {site.name: plain.input_grid(site, observed.stats) for site in plain.anatomy.sites}
+
+
+def _tokens_of_experts(work: BlockWork, stats: Mapping[str, Stats]) -> dict[str, int]:
+    experts = [site.name for site in work.anatomy.sites if site.expert is not None]
+    return {name: stats[name].tokens for name in experts if name in stats}
+
+
+# --- observing --------------------------------------------------------------------------------------------------------
+
+
+def _observe(
+    work: BlockWork,
+    text: Text,
+    transforms: Sequence[Transform],
+    outputs: Sequence[int] = (),
+    layout: Layout | None = None,
+) -> Observed:
+    """Statistics, recorded calls of what the transforms inspect, and outputs, on the block as it is installed.
+
+    The first micro-batch, if it is among the outputs, also fills `layout`.
+    """
+    needs, kv = work.recipe.arrival_needs, work.recipe.scheme.kv
+    if kv is not None and kv.static:
+        needs |= {"minmax"}  # keys and values are watched in the same pass, which must be over all text then
+
+    def forward(block: nn.Module, batch: int) -> Tensor:
+        if layout is None or batch:
+            return text.forward(block, batch)
+        with layout.watching(block, work.anatomy.sites):
+            return text.forward(block, batch)
+
+    inspect = set()
+    if any(transform.replays for transform in transforms):
+        inspect = {edge.inspect for edge in work.anatomy.edges if _replays(work, edge)}
+    return observe(
+        work.block,
+        work.anatomy.taps,
+        needs,
+        forward,
+        text.batches,
+        inspect=inspect,
+        recorded=text.replayed() if inspect else (),
+        outputs=outputs,
+        original=text.forward_clean if "cross" in needs else None,
+    )
+
+
+def _again(work: BlockWork, text: Text, transforms: Sequence[Transform] = ()) -> Observed:
+    """Observe the block as it is now, because maps changed what the linears see; `transforms` are those to come."""
+    work.install_dense()
+    return _observe(work, text, transforms)
+
+
+def _replays(work: BlockWork, edge: Edge) -> bool:
+    """Whether trying candidates on this edge takes calls of the inspected module (see `BlockEdge.error`)."""
+    return not inspects_reader(edge) or edge.shift or work.formats[edge.readers[0].name][1] is not None
+
+
+# --- transforming -----------------------------------------------------------------------------------------------------
+
+
+def _transform(work: BlockWork, observed: Observed, text: Text) -> Observed:
+    """Fold every transform's maps into fp32 weights; statistics follow a scale, and are taken again after a shift.
+
+    Recorded calls follow neither: they are taken again where a later transform wants them.
+    """
+    if work.recipe.folds:
+        work.widen()
+    for index, transform in enumerate(work.recipe.folds):
+        folds = [_transform_edge(work, transform, edge, observed) for edge in work.anatomy.edges]
+        later = work.recipe.folds[index + 1 :]
+        made = [fold for fold in folds if fold is not None]
+        if any(fold.shift is not None for fold in made) or (made and any(other.replays for other in later)):
+            observed = _again(work, text, later)
+            work.widen()
+    observed.samples.clear()
+    return observed
+
+
+def _transform_edge(work: BlockWork, transform: Transform, edge: Edge, observed: Observed) -> Fold | None:
+    formats = [work.formats[site.name] for site in edge.readers]
+    stats = [observed.stats[site.name] for site in edge.readers]
+    if all(weights is None for weights, _ in formats) or not any(stat.tokens for stat in stats):
+        return None
+    if any(site.name in work.maps for site in edge.readers):
+        return None  # channels are mixed before they are quantized: no scale of one of them reaches its neighbours
+    view = BlockEdge(
+        edge=edge,
+        block=work.block,
+        weights=[work.weight(site) for site in edge.readers],
+        specs=[weights for weights, _ in formats],
+        activations=[inputs for _, inputs in formats],
+        stats=stats,
+        samples=observed.samples.get(edge.inspect, ()),
+        dtype=work.dtype,
+        maps=work.maps,
+    )
+    fold = transform.fold(view)
+    if fold is None:
+        return None
+    fold = work.fold(edge, fold)
+    for stat in {id(stat): stat for stat in stats}.values():
+        stat.transport(view.to_readers(fold.scale))
+    return fold
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _train(work: BlockWork, observed: Observed, text: Text, seed: int) -> Observed:
+    """Run the trained methods that come before rounding, and observe again what they changed."""
+    for method in work.recipe.reconstruct:
+        if not method.after:
+            student = Student(work, text, observed.stats, {}, seed)
+            with torch.enable_grad():
+                method.train(student)
+            if student.moved:
+                _quantize_cache(work, text, moved=True)
+            if student.moved and work.recipe.arrival_needs:
+                observed = _again(work, text)
+    return observed
+
+
+def _train_codes(
+    work: BlockWork, layers: dict[str, QLayer], observed: Observed, text: Text, seed: int
+) -> dict[str, QLayer]:
+    """Run the trained methods that come after rounding: their codes take the place of those in `layers`."""
+    for method in work.recipe.reconstruct:
+        if method.after:
+            student = Student(work, text, observed.stats, layers, seed)
+            with torch.enable_grad():
+                method.train(student)
+            layers = student.layers
+    return layers
+
+
+def _quantize_cache(work: BlockWork, text: Text, moved: bool) -> None:
+    """Quantize keys and values from here on; static ranges are taken again where anything has `moved` since."""
+    kv = work.recipe.scheme.kv
+    if moved and kv is not None and kv.static:
+        work.install_dense()
+        work.watch_keys_and_values()
+        for batch in range(text.batches):
+            text.forward(work.block, batch)
+    work.quantize_keys_and_values()
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
+    """Round the quantized sites of `taps`, linears of one tap and format as one matrix."""
+    layers = {}
+    for tap in taps:
+        for sites, spec, scores in _batches(work, tap):
+            seen = stats.get(tap.name)
+            if seen is not None and sites[0].expert is not None and seen.tokens < STARVED:
+                seen = None
+            stacked = torch.cat([work.weight(site) for site in sites])
+            trained = work.grids.get(sites[0].name)  # such a site comes alone
+            clip = work.recipe.clip if trained is None else FixedGrid(trained)
+            rounded = work.recipe.round.round(stacked, spec, clip, seen, scores=scores)
+            start = 0
+            for site in sites:
+                part = QWeight((rounded.rows(start, start + site.shape[0]),))
+                layers[site.name] = work.layer(site, part.to("cpu"), work.input_grid(site, stats))
+                start += site.shape[0]
+        if tap.name in stats and not work.recipe.revisits_stats:
+            stats[tap.name].release()
+    return layers
+
+
+def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
+    """The tap's quantized sites in batches that share format and treatment; units must not span two linears."""
+    batches: dict[tuple[Spec, bool, str], list[Site]] = {}
+    for site in tap.sites:
+        spec = work.formats[site.name][0]
+        if spec is not None:
+            alone = "" if spec.by_row and site.name not in work.grids else site.name
+            batches.setdefault((spec, site.name in work.anatomy.scores, alone), []).append(site)
+    for (spec, scores, _), sites in batches.items():
+        yield sites, spec, scores
+
+
+def _round_in_order(work: BlockWork, text: Text, layout: Layout) -> tuple[dict[str, QLayer], dict[str, int]]:
+    """True-sequential: every stage is rounded on what the rounded stages before it give; also the tokens of experts.
+
+    The block computes from the start with all else as it will be stored, and corrections are made at once, unless the
+    codes are trained afterwards: so what comes out behind the last stage are the next block's inputs.
+    """
+    recipe, rest = work.recipe, work.rest()
+    work.install_dense()
+    install(work.block, {**work.kept(), **work.attention()}, rest, work.dtype, work.device)
+    rounded = {site.name for site, _ in work.quantized()}
+    order = [s for s in stages(work.anatomy.taps) if any(site.name in rounded for tap in s for site in tap.sites)]
+    passes = Passes(work.block, work.anatomy.sites, order, layout, text.forward, text.batches, text.budget)
+    layers: dict[str, QLayer] = {}
+    experts: dict[str, int] = {}
+    for index, stage in enumerate(order):
+        stats = passes.observe(index, recipe.rounding_needs)
+        experts.update(_tokens_of_experts(work, stats))
+        fresh = _rounded(work, stage, stats)
+        if not recipe.retrains:
+            fresh = _corrected(work, fresh, stats)
+        install(work.block, fresh, rest, work.dtype, work.device)
+        layers.update(fresh)
+    if text.onward and not recipe.retrains:
+        for batch, output in enumerate(passes.outputs()):
+            text.inputs[batch] = output
+    return layers, experts
+
+
+def _corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
+    """The layers with every correction of the recipe added to their weights."""
+    corrected = dict(layers)
+    for site in (site for site, _ in work.quantized() if site.name in layers):
+        weight = layers[site.name].weight.to(work.device)
+        for correction in work.recipe.correct:
+            weight = correction.correct(work.weight(site), weight, stats.get(site.name))
+        corrected[site.name] = replace(layers[site.name], weight=weight.to("cpu"))
+    return corrected
+
+
+def _weight_errors(work: BlockWork, layers: Mapping[str, QLayer]) -> tuple[float, float]:
+    """Relative squared error of the block's weights: plainly rounded before any rotation, and as they are."""
+    plain = work.unturned()
+    return _weight_error(plain, plain.plain_layers({})), _weight_error(work, layers)
+
+
+def _weight_error(work: BlockWork, layers: Mapping[str, QLayer]) -> float:
+    error, total = 0.0, 1e-30
+    for site, _ in work.quantized():
+        weight = work.weight(site)
+        error += float((layers[site.name].weight.to(weight.device).dequantize() - weight).square().sum())
+        total += float(weight.square().sum())
+    return error / total

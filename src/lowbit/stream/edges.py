@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..graph.anatomy import Edge, Norm
-from ..methods.base import Stats
+from ..graph.fold import source_rows
+from ..methods.base import Stats, to_readers, to_source
 from ..modules.linear import quantize_activation
+from ..numerics.maps import Map
 from ..numerics.spec import Spec
 from ..numerics.stats import AbsMean, MinMax
 
@@ -50,6 +52,8 @@ class BlockEdge:
     stats: Sequence[Stats]
     samples: Sequence[Sample]
     dtype: torch.dtype
+    maps: Mapping[str, Map] = field(default_factory=dict)
+    """Online maps of linears of the block, which none of the readers is behind."""
     _base: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -64,11 +68,27 @@ class BlockEdge:
     @property
     def amax(self) -> Tensor:
         """Largest magnitude of the input channels, [I]."""
+        return self._range.amax
+
+    @property
+    def low(self) -> Tensor:
+        """Smallest value of the input channels, [I]."""
+        assert self._range.low is not None, "a transform is asked only where inputs were seen"
+        return self._range.low
+
+    @property
+    def high(self) -> Tensor:
+        """Largest value of the input channels, [I]."""
+        assert self._range.high is not None, "a transform is asked only where inputs were seen"
+        return self._range.high
+
+    @property
+    def _range(self) -> MinMax:
         merged = MinMax()
         for stats in self._distinct():
             assert stats.minmax is not None
             merged.merge(stats.minmax)
-        return merged.amax
+        return merged
 
     @cached_property
     def _hessian(self) -> Tensor:
@@ -79,35 +99,36 @@ class BlockEdge:
 
     def to_source(self, x: Tensor) -> Tensor:
         """Reduce reader channels [I] to source channels: the largest of those that read the same one."""
-        if self.edge.channels is None:
-            return x
-        channels = torch.tensor(self.edge.channels, device=x.device)
-        reduced = x.new_zeros(int(channels.max()) + 1)
-        return reduced.scatter_reduce(0, channels, x, "amax", include_self=False)
+        return to_source(self.edge, x)
 
     def to_readers(self, scale: Tensor) -> Tensor:
         """Spread a scale over source channels to reader channels [I]."""
-        return scale if self.edge.channels is None else scale[torch.tensor(self.edge.channels, device=scale.device)]
+        return to_readers(self.edge, scale)
 
-    def error(self, weights: Sequence[Tensor], scale: Tensor) -> float:
+    def error(self, weights: Sequence[Tensor], scale: Tensor, shift: Tensor | None = None) -> float:
         """Mean squared change of the inspected output if the readers held `weights` (given for unscaled inputs)."""
-        if inspects_reader(self.edge) and self.activations[0] is None:
+        if inspects_reader(self.edge) and self.activations[0] is None and shift is None:
             difference = weights[0] - self.weights[0]
             tokens = max(1, self.stats[0].tokens)
             return float(((difference @ self._hessian) * difference).sum() / (tokens * len(difference)))
-        return self._replayed_error(weights, scale)
+        return self._replayed_error(weights, scale, shift)
 
-    def _replayed_error(self, weights: Sequence[Tensor], scale: Tensor) -> float:
+    def _replayed_error(self, weights: Sequence[Tensor], scale: Tensor, shift: Tensor | None) -> float:
         module = self.block.get_submodule(self.edge.inspect)
         if not self._base:
             self._base = {name: tensor.detach().to(self.dtype) for name, tensor in module.named_parameters()}
         candidate = dict(self._base)
-        for site, weight in zip(self.edge.readers, weights, strict=True):
-            path = f"{self._relative(site.name)}.weight".lstrip(".")
-            candidate[path] = (weight.T if site.transposed else weight).to(self.dtype)
+        for site, weight, original in zip(self.edge.readers, weights, self.weights, strict=True):
+            name = self._relative(site.name)
+            candidate[f"{name}.weight".lstrip(".")] = (weight.T if site.transposed else weight).to(self.dtype)
+            if shift is not None:  # what comes in is shifted back, and what is repaired is the original's W δ
+                path = f"{name}.bias".lstrip(".")
+                candidate[path] = (self._base[path].float() + (original - weight) @ shift).to(self.dtype)
         total, count = torch.zeros((), dtype=torch.float64), 0
         with ExitStack() as stack:
-            self._quantize_inputs(stack, scale)
+            self._quantize_inputs(stack, scale, shift)
+            for name, map in self.maps.items():
+                stack.callback(self.block.get_submodule(name).register_forward_pre_hook(_mapping(map)).remove)
             for sample in self.samples:
                 output = first(functional_call(module, candidate, sample.args, sample.kwargs))
                 total += (output.float() - sample.output.float()).square().sum().double().cpu()
@@ -117,18 +138,27 @@ class BlockEdge:
     def _relative(self, path: str) -> str:
         return path[len(self.edge.inspect) :].lstrip(".") if self.edge.inspect else path
 
-    def _quantize_inputs(self, stack: ExitStack, scale: Tensor) -> None:
-        """Let the readers see Q(x/s)·s while the stack is open, where the scheme quantizes their inputs."""
+    def _quantize_inputs(self, stack: ExitStack, scale: Tensor, shift: Tensor | None) -> None:
+        """Let the readers see Q((x-δ)/s)·s + δ while the stack is open, where the scheme quantizes their inputs."""
         for site, spec in zip(self.edge.readers, self.activations, strict=True):
             if spec is not None:
-                hook = _input_quantizer(spec, scale)
+                hook = _input_quantizer(spec, scale, torch.zeros_like(scale) if shift is None else shift)
                 stack.callback(self.block.get_submodule(site.name).register_forward_pre_hook(hook).remove)
 
 
-def _input_quantizer(spec: Spec, scale: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def _input_quantizer(
+    spec: Spec, scale: Tensor, shift: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0].float() / scale
-        return ((quantize_activation(x, spec, None) * scale).to(args[0].dtype), *args[1:])
+        x = (args[0].float() - shift) / scale
+        return ((quantize_activation(x, spec, None) * scale + shift).to(args[0].dtype), *args[1:])
+
+    return hook
+
+
+def _mapping(map: Map) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (map.apply(args[0]), *args[1:])
 
     return hook
 
@@ -150,4 +180,14 @@ def stored_scale(block: nn.Module, edge: Edge, scale: Tensor, tensors: Mapping[s
     gain = block.get_parameter(name).detach() + offset
     stored = (gain / scale - offset).to(tensors[name].dtype).float() + offset
     exact = gain / stored
-    return torch.where((stored != 0) & exact.isfinite() & (exact > 0), exact, torch.ones_like(scale))
+    return torch.where((stored != 0) & exact.isfinite() & (exact * scale > 0), exact, torch.ones_like(scale))
+
+
+def stored_shift(block: nn.Module, edge: Edge, scale: Tensor, shift: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The shift nearest to `shift` whose folded source bias (b - δ) / s is exact in the checkpoint's dtype."""
+    name = edge.source.name if isinstance(edge.source, Norm) else edge.source.site.name
+    bias = block.get_parameter(f"{name}.bias").detach()
+    if not isinstance(edge.source, Norm):
+        bias = bias[source_rows(edge, bias)]
+    stored = ((bias - shift) / scale).to(tensors[f"{name}.bias"].dtype).float()
+    return bias - stored * scale

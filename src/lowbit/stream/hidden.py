@@ -1,4 +1,5 @@
-"""Hidden states between two blocks: one tensor per micro-batch, in memory up to a budget and on disk beyond it.
+"""Hidden states between two blocks: one tensor per micro-batch, on the GPU where there is ample room, else in memory up
+to a budget and on disk beyond it.
 
 Where a state lies never changes what it holds, so a run under any budget gives the same bytes. States on disk are raw
 files in a scratch folder of the run directory; they are rewritten in place as the sweep advances.
@@ -16,10 +17,10 @@ from ..formats.files import read_shard, write_shard
 
 
 class HiddenStates:
-    """A list of micro-batches [b, T, D] that spills to `directory` when it outgrows `budget` bytes."""
+    """A list of micro-batches [b, T, D] on `home` that spills to `directory` when it outgrows `budget` bytes."""
 
-    def __init__(self, budget: int, directory: Path) -> None:
-        self._budget = budget
+    def __init__(self, budget: int, directory: Path, home: torch.device | str = "cpu") -> None:
+        self._budget, self._home = budget, home
         self._directory = directory
         self._kept: list[Tensor | None] = []
         self._bytes = 0
@@ -40,15 +41,20 @@ class HiddenStates:
         old = self._kept[index]
         self._bytes -= 0 if old is None else old.nbytes
         if self._bytes + state.nbytes <= self._budget:
-            self._kept[index] = state.to("cpu")
+            self._kept[index] = state.to(self._home)
             self._bytes += state.nbytes
         else:
             self._kept[index] = None
             self._directory.mkdir(parents=True, exist_ok=True)
-            write_shard(self._file(index), {"state": state}, sync=False)
+            write_shard(self._file(index), {"state": state.to("cpu")}, sync=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self._bytes
 
     def clear(self) -> None:
         """Drop every state and the scratch files."""
@@ -58,14 +64,18 @@ class HiddenStates:
                 file.unlink()
             self._directory.rmdir()
 
+    def names(self) -> list[str]:
+        """The states' names in a snapshot."""
+        return [f"state.{index:05d}" for index in range(len(self))]
+
     def snapshot(self) -> dict[str, Tensor]:
         """Every state by name, for a file that `restore` reads."""
-        return {f"state.{index:05d}": state for index, state in enumerate(self)}
+        return {name: state.to("cpu") for name, state in zip(self.names(), self, strict=True)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Replace the states by those of a snapshot."""
-        for index in range(len(self)):
-            self[index] = tensors[f"state.{index:05d}"]
+        for index, name in enumerate(self.names()):
+            self[index] = tensors[name]
 
     def _file(self, index: int) -> Path:
         return self._directory / f"{index:05d}.safetensors"

@@ -1,13 +1,14 @@
 """One pass over a block that collects what the recipe asked for: statistics per tap, calls of inspected modules.
 
 Linears behind one input share one set of statistics. The pass ends as soon as the last tap has been seen, except for
-the micro-batches whose output somebody needs. Experts see only the tokens routed to them.
+the micro-batches whose output somebody needs. Experts see only the tokens routed to them, and since the original
+model may route them elsewhere, its inputs are compared with theirs nowhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..graph.anatomy import Tap
 from ..methods.base import Need, Stats
+from ..modules.linear import QLinear
 from .edges import Sample, first
 
 Forward = Callable[[nn.Module, int], Tensor]
@@ -46,27 +48,34 @@ def observe(
     inspect: Collection[str] = (),
     recorded: Collection[int] = (),
     outputs: Collection[int] = (),
+    original: Forward | None = None,
 ) -> Observed:
     """Run all micro-batches through `block` and observe.
 
     `inspect` are the modules whose calls are kept for the micro-batches in `recorded`; `outputs` are the micro-batches
-    whose final hidden states are kept.
+    whose final hidden states are kept. `original` is `forward` on the original model's stream, for statistics of both.
     """
     seen = Observed(samples={path: [] for path in inspect})
-    current = 0
+    originals: dict[str, Tensor] = {}
+    current, compared = 0, False
     with ExitStack() as stack:
 
-        def on_input(stats: Stats, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                stats.update(args[0].reshape(-1, args[0].shape[-1]))
-                if last and current not in recorded and current not in outputs:
+        def on_input(tap: Tap, stats: Stats, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = module.mapped(args[0]) if isinstance(module, QLinear) else args[0]
+                x = x.reshape(-1, x.shape[-1])
+                if not compared:
+                    stats.update(x, originals.pop(tap.name, None))
+                elif tap.sites[0].expert is None:
+                    originals[tap.name] = x
+                if last and (compared or (current not in recorded and current not in outputs)):
                     raise _Seen
 
             return hook
 
         def on_call(path: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                if current in recorded:
+                if current in recorded and not compared:
                     seen.samples[path].append(Sample(args, kwargs, first(output)))
 
             return hook
@@ -77,11 +86,16 @@ def observe(
                 seen.stats.update({site.name: stats for site in tap.sites})
                 last = index == len(taps) - 1 and tap.sites[0].expert is None
                 module = block.get_submodule(tap.name)
-                stack.callback(module.register_forward_pre_hook(on_input(stats, last)).remove)
+                stack.callback(module.register_forward_pre_hook(on_input(tap, stats, last)).remove)
         for path in inspect:
             module = block.get_submodule(path)
             stack.callback(module.register_forward_hook(on_call(path), with_kwargs=True).remove)
         for current in range(batches) if needs or recorded else sorted(outputs):
+            if original is not None:
+                compared = True
+                with suppress(_Seen):
+                    original(block, current)
+                compared = False
             try:
                 output = forward(block, current)
             except _Seen:

@@ -18,12 +18,16 @@ from ..graph.anatomy import Anatomy, Site
 from ..methods.base import Recipe
 from ..numerics.bits import packed_length
 from ..numerics.grid import unit_shape
+from ..numerics.scales import scale_bytes
 from ..numerics.spec import Spec
-from .block import Formats
+from . import rotation
 from .checkpoint import Checkpoint
+from .work import Formats
 
-Refuse = Callable[[Spec, Spec | None, Site, bool], str | None]
-"""A target format's objection to (weight format, input format, site, whether groups follow another order), or None."""
+Refuse = Callable[[Spec | None, Spec | None, Site, bool, bool], str | None]
+"""A target format's objection to (weight format, input format, site, whether groups follow another order, whether
+inputs pass an online map), or None. Sites that keep 16-bit weights are only asked about where their inputs are mapped.
+"""
 
 BASE_BYTES = 450 << 20
 """Resident memory of Python with torch and transformers loaded."""
@@ -48,11 +52,13 @@ class Plan:
     quantized_weights: int
     stored_bytes: int
     """Bytes that the quantized sites will take in the file."""
+    learning_bytes: int = 0
+    """What a rotation that is learned needs, before the first block: the whole model, its gradients, one window."""
 
     @property
     def peak_bytes(self) -> int:
         """Estimated peak of resident memory: this block and the next, working copies, hidden states."""
-        return BASE_BYTES + 2 * self.block_bytes + self.working_bytes + self.hidden_bytes
+        return BASE_BYTES + max(2 * self.block_bytes + self.working_bytes + self.hidden_bytes, self.learning_bytes)
 
     @property
     def bits_per_weight(self) -> float:
@@ -68,12 +74,16 @@ def make_plan(
     tokens: int,
     dtype: torch.dtype,
     refuse: Refuse | None = None,
+    window: int = 0,
+    device: torch.device | None = None,
 ) -> Plan:
-    """Resolve the recipe on a bound checkpoint for `tokens` tokens of calibration text.
+    """Resolve the recipe on a bound checkpoint for `tokens` tokens of calibration text in windows of at most `window`.
 
     Raises ValueError, in one sentence, where the recipe cannot be carried out on this model or `refuse` objects.
     """
     _check_patterns(anatomy, recipe)
+    rotation.check(anatomy, recipe)
+    _check_ranges(recipe)
     formats = tuple(
         {site.name: recipe.scheme.formats(anatomy.full_name(index, site.name)) for site in block.sites}
         for index, block in enumerate(anatomy.blocks)
@@ -84,13 +94,16 @@ def make_plan(
         for site in block.sites
     ]
     quantized = [(name, site, weights, inputs) for name, site, weights, inputs in chosen if weights is not None]
-    if not quantized:
+    if not quantized and recipe.scheme.kv is None:
         raise ValueError("the recipe quantizes nothing: every linear is kept in 16 bits")
     for name, site, weights, inputs in quantized:
         _check_site(name, site, weights, inputs)
-        reason = None if refuse is None else refuse(weights, inputs, site, recipe.round.reorders(weights))
+        reason = None if refuse is None else refuse(weights, inputs, site, recipe.round.reorders(weights), False)
         if reason is not None:
             raise ValueError(f"{name}: {reason}")
+    _check_kv(anatomy, recipe)
+    if refuse is not None:
+        _check_mapped(anatomy, recipe, formats, refuse)
     prefixes = [f"{anatomy.layers}.{index}." for index in range(len(anatomy.blocks))]
     block_bytes = max(checkpoint.nbytes(checkpoint.names(prefix)) for prefix in prefixes)
     hidden = _hidden_width(anatomy)
@@ -99,13 +112,17 @@ def make_plan(
         anatomy,
         recipe,
         formats,
-        _notices(anatomy, recipe),
+        (*rotation.notices(anatomy, recipe, checkpoint, window, device), *_notices(anatomy, recipe)),
         block_bytes,
-        tokens * hidden * dtype.itemsize if text else 0,
+        tokens * hidden * dtype.itemsize * (3 if recipe.float_stream else 1) if text else 0,
         _working_bytes(anatomy, recipe, block_bytes),
         sum(_flops(site, recipe, tokens if text else 0) for _, site, _, _ in chosen),
         sum(prod(site.shape) for _, site, _, _ in quantized),
-        sum(stored_bytes(site.shape, weights) for _, site, weights, _ in quantized),
+        sum(
+            stored_bytes(site.shape, weights) + sum(each.stored_bytes(site.shape) for each in recipe.correct)
+            for _, site, weights, _ in quantized
+        ),
+        rotation.learning_bytes(anatomy, recipe, checkpoint, window),
     )
 
 
@@ -113,12 +130,11 @@ def stored_bytes(shape: tuple[int, int], spec: Spec) -> int:
     """Bytes of codes, scales and zero-points of a site in lowbit's own files."""
     r, c = unit_shape(torch.Size(shape), spec.block)
     rows, columns = -(-shape[0] // r), -(-shape[1] // c)
-    scale = 4 if spec.scale == "float32" else 2
     rule = getattr(spec.number, "rule", "symmetric")
     zero = 0
     if rule.startswith("asymmetric") or rule == "symmetric-unsigned":
         zero = 4 * rows * columns if rule == "asymmetric-deepspeed" else packed_length(rows * columns, spec.bits)
-    return shape[0] * packed_length(shape[1], spec.bits) + rows * columns * scale + zero
+    return shape[0] * packed_length(shape[1], spec.bits) + scale_bytes(rows, columns, spec.scale) + zero
 
 
 def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
@@ -140,6 +156,30 @@ def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
         raise ValueError(f"the pattern {override.pattern!r} matches no linear of this model: {hint}")
 
 
+def _check_kv(anatomy: Anatomy, recipe: Recipe) -> None:
+    """A quantized cache needs one attention in every block, and groups that divide a head."""
+    kv = recipe.scheme.kv
+    if kv is None:
+        return
+    if not all(block.attention for block in anatomy.blocks):
+        raise ValueError(
+            f"keys and values of {anatomy.family} cannot be quantized: not every block has one attention that caches "
+            "them; drop kv from the recipe"
+        )
+    width = anatomy.heads.width
+    if kv.layout in ("group", "channel") and width % min(kv.group, width):
+        raise ValueError(f"a key-value group of {kv.group} does not divide the head width {width}: choose a divisor")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    """Ranges that a method learned before rounding are those that rounding has to use."""
+    specs = [recipe.scheme.weights, *(override.weights for override in recipe.scheme.overrides)]
+    trained = [method.name for method in recipe.reconstruct if not method.after]
+    if trained and any(spec is not None and recipe.round.refits(spec) for spec in specs):
+        name = recipe.round.name
+        raise ValueError(f"{name} would fit again the ranges that {trained[0]} learns: set {name}.groups=static")
+
+
 def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None) -> None:
     try:
         unit_shape(torch.Size(site.shape), weights.block)
@@ -159,12 +199,22 @@ def _hidden_width(anatomy: Anatomy) -> int:
     return anatomy.blocks[0].taps[0].sites[0].shape[1]
 
 
+def _check_mapped(anatomy: Anatomy, recipe: Recipe, formats: Sequence[Formats], refuse: Refuse) -> None:
+    trained = any(method.online(recipe.scheme) for method in recipe.reconstruct)
+    for index, names in enumerate(rotation.online_sites(anatomy, recipe)):
+        for site in anatomy.blocks[index].sites:
+            mapped = trained or site.name in names
+            reason = refuse(*formats[index][site.name], site, False, True) if mapped else None
+            if reason is not None:
+                raise ValueError(f"{anatomy.full_name(index, site.name)}: {reason}")
+
+
 def _notices(anatomy: Anatomy, recipe: Recipe) -> tuple[str, ...]:
     """What the recipe's transforms will skip, and why; once per kind of block."""
-    if not recipe.transforms:
+    if not recipe.folds:
         return ()
     seen = dict.fromkeys(f"{place}: {reason}" for block in anatomy.blocks for place, reason in block.refused)
-    names = "+".join(transform.name for transform in recipe.transforms)
+    names = "+".join(transform.name for transform in recipe.folds)
     return tuple(f"{names} skips {line}" for line in seen)
 
 
@@ -176,6 +226,8 @@ def _working_bytes(anatomy: Anatomy, recipe: Recipe, block_bytes: int) -> int:
         total += 4 * sum(w * w for w in widths) + 3 * 4 * max(widths) ** 2 + block_bytes
     if recipe.transforms:
         total += 2 * block_bytes
+    if recipe.rotation is not None:
+        total += 2 * 8 * _hidden_width(anatomy) ** 2
     return total
 
 

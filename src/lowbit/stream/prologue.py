@@ -7,7 +7,7 @@ Of the embedding only the rows of the tokens in use are read; it may be larger t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,8 +80,12 @@ def run_prologue(
     hidden: HiddenStates,
     dtype: torch.dtype,
     device: torch.device,
+    turned: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor,
 ) -> Calls:
-    """Fill `hidden` with the first block's inputs for micro-batches of ids [b, T], and return all blocks' arguments."""
+    """Fill `hidden` with the first block's inputs for micro-batches of ids [b, T], and return all blocks' arguments.
+
+    `turned` says what stands in the place of a parameter outside the blocks (of some of its rows).
+    """
     layers = cast(nn.ModuleList, model.get_submodule(anatomy.layers))
     blocks = list(layers)
     used = torch.cat([batch.flatten() for batch in batches]).unique()
@@ -90,7 +94,8 @@ def run_prologue(
     ]
     embedding = f"{anatomy.embedding}.weight"
     tensors = checkpoint.read(name for name in outside if name != embedding)
-    install(model, {}, {**tensors, embedding: checkpoint.rows(embedding, used)}, dtype, device)
+    tensors[embedding] = checkpoint.rows(embedding, used)
+    install(model, {}, {name: turned(name, tensor) for name, tensor in tensors.items()}, dtype, device)
     _move_buffers(model, device)
     table = cast(nn.Embedding, model.get_submodule(anatomy.embedding))
     table.padding_idx = None  # it would be checked against the few rows that were read

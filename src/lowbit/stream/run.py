@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ..formats import native
 from ..formats.files import INDEX, read_shard, shard_header, write_index, write_json, write_shard
-from ..numerics.qtensor import QLayer
+from ..numerics.qtensor import QAttention, QLayer
 
 PLAN, JOURNAL, NAMES = "plan.json", "journal.jsonl", "names.json"
 SCRATCH = "scratch"
+ROTATION = "reports/rotation.safetensors"
+"""The matrices of a learned rotation: merged into the model, so kept beside the reports and not among its weights."""
 
 
 class RunDirectory:
@@ -101,7 +103,12 @@ class RunDirectory:
         return self.shard(block + 1).exists() and self._report(block).exists()
 
     def write_block(
-        self, block: int, prefix: str, layers: Mapping[str, QLayer], rest: Mapping[str, Tensor], report: Any
+        self,
+        block: int,
+        prefix: str,
+        layers: Mapping[str, QLayer | QAttention],
+        rest: Mapping[str, Tensor],
+        report: Any,
     ) -> None:
         """Store a finished block: the report first, so that a shard never lacks one."""
         named = {f"{prefix}.{name}": layer for name, layer in layers.items()}
@@ -112,7 +119,7 @@ class RunDirectory:
         write_json(self._report(block), report)
         write_shard(self.shard(block + 1), tensors, native.describe(named))
 
-    def read_block(self, block: int, prefix: str) -> tuple[dict[str, QLayer], dict[str, Tensor]]:
+    def read_block(self, block: int, prefix: str) -> tuple[dict[str, QLayer | QAttention], dict[str, Tensor]]:
         """What `write_block` stored, by name within the block."""
         path = self.shard(block + 1)
         layers, rest = native.unpack(shard_header(path).metadata, read_shard(path))

@@ -19,14 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.files import read_shard, write_json, write_shard
+from ..formats.files import Streamed, read_shard, write_json, write_shard
+from ..methods.base import LearnedRotation
 from ..modules.linear import install
 from .block import Outcome, Text, quantize_block
 from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
+from .learning import WholeModel
 from .plan import Plan
 from .prologue import Calls, run_prologue
-from .run import NAMES, SCRATCH, RunDirectory
+from .rotation import Turning, unties
+from .run import NAMES, ROTATION, SCRATCH, RunDirectory
+from .work import BlockWork
 
 MICRO_BATCH = 2048
 """Tokens sent through a block at once. It is part of the plan: another size would sum statistics in another order."""
@@ -54,7 +58,9 @@ class Sweep:
     dtype: torch.dtype
     device: torch.device
     hidden_budget: int
+    seed: int = 0
     progress: Progress = field(default_factory=Progress)
+    _turning: Turning | None = field(default=None, init=False)
 
     @torch.no_grad()
     def execute(self) -> None:
@@ -62,87 +68,156 @@ class Sweep:
         gc.freeze()  # what exists now outlives the run: collecting between blocks need not look at it
         anatomy, count = self.plan.anatomy, len(self.plan.anatomy.blocks)
         finished = self.run.finished()
+        if finished < count or not self.run.shard(0).exists():
+            self._turning = self._find_turning()
         self._write_rest()
-        calls, hidden, start = None, None, finished
+        streams, start = None, finished
         if self.plan.recipe.calibrated and finished < count:
-            calls, hidden, start = self._begin(finished)
-        saver = _Snapshots(self.run, hidden)
+            streams, start = self._begin(finished)
+        saver = _Snapshots(self.run, streams)
         with Prefetch(self.checkpoint) as ahead:
-            if finished < count:
-                ahead.start(self._names(finished))
+            if start < count and (start == finished or self.plan.recipe.float_stream):
+                ahead.start(self._names(start))
             for index in range(start, count):
+                advanced = False
                 block = self.model.get_submodule(anatomy.full_name(index, ""))
-                text = None if calls is None or hidden is None else self._text(calls, hidden, index)
+                text = None if streams is None else streams.text(index)
                 if index < finished:
-                    layers, rest = self.run.read_block(index, anatomy.full_name(index, ""))
-                    install(block, layers, rest, self.dtype, self.device)
+                    self._replay(index, block, ahead, text, count, finished)
                 else:
                     self.progress.block(index, count, None)
-                    self._quantize(index, block, ahead, text)
-                if text is not None and hidden is not None and index + 1 < count:
-                    for batch in range(text.batches):
-                        hidden[batch] = text.forward(block, batch)
+                    advanced = self._quantize(index, block, ahead, text).advanced
+                if text is not None and streams is not None and index + 1 < count:
+                    streams.advance(text, None if advanced else block)
                     saver.maybe_save(index + 1)
                 free(block)
                 _release_memory()
         saver.wait()
-        if hidden is not None:
-            hidden.clear()
+        if streams is not None:
+            streams.clear()
         self.run.finish()
 
-    def _quantize(self, index: int, block: nn.Module, ahead: Prefetch, text: Text | None) -> None:
+    def _replay(
+        self, index: int, block: nn.Module, ahead: Prefetch, text: Text | None, count: int, finished: int
+    ) -> None:
+        """Make a finished block ready to be propagated through: from its shard, and from the source for the floats."""
+        if self.plan.recipe.float_stream and text is not None:
+            self._work(index, block, self._tensors(index, ahead)).install_dense()
+            text.fill_targets(block)
+        elif index + 1 == finished and finished < count:
+            ahead.start(self._names(finished))
+        layers, rest = self.run.read_block(index, self.plan.anatomy.full_name(index, ""))
+        install(block, layers, rest, self.dtype, self.device)
+
+    def _tensors(self, index: int, ahead: Prefetch) -> dict[str, Tensor]:
+        """The block's checkpoint tensors by name within it, read ahead; the next block's reading begins."""
+        cut = len(self.plan.anatomy.full_name(index, "")) + 1
+        tensors = {name[cut:]: tensor for name, tensor in ahead.result().items()}
+        if index + 1 < len(self.plan.anatomy.blocks):
+            ahead.start(self._names(index + 1))
+        return tensors
+
+    def _quantize(self, index: int, block: nn.Module, ahead: Prefetch, text: Text | None) -> Outcome:
         began = time.perf_counter()
         anatomy, prefix = self.plan.anatomy, self.plan.anatomy.full_name(index, "")
-        tensors = {name[len(prefix) + 1 :]: tensor for name, tensor in ahead.result().items()}
-        if index + 1 < len(anatomy.blocks):
-            ahead.start(self._names(index + 1))
+        tensors = self._tensors(index, ahead)
         for name, tensor in tensors.items():
             check_finite(f"{prefix}.{name}", tensor)
-        outcome = quantize_block(
-            block,
-            anatomy.blocks[index],
-            tensors,
-            self.plan.recipe,
-            self.plan.formats[index],
-            text,
-            self.dtype,
-            self.device,
-        )
+        work = self._work(index, block, tensors)
+        outcome = quantize_block(work, text, seed=self.seed * 100_003 + index)
         report = _report(prefix, outcome)
         self.run.write_block(index, prefix, outcome.layers, outcome.rest, report)
         seconds = time.perf_counter() - began
         self.run.log({"block": prefix, "seconds": round(seconds, 3)})
         self.progress.block(index, len(anatomy.blocks), {**report, "seconds": seconds})
+        return outcome
 
-    def _begin(self, finished: int) -> tuple[Calls, HiddenStates, int]:
-        """Arguments of every block and the hidden states to go on from: (calls, states, block they are inputs of)."""
+    def _work(self, index: int, block: nn.Module, tensors: Mapping[str, Tensor]) -> BlockWork:
+        """The work on a block, which begins with the rotation of the whole model if there is one."""
+        part, formats = self.plan.anatomy.blocks[index], self.plan.formats[index]
+        work = BlockWork(block, part, self.plan.recipe, formats, tensors, self.dtype, self.device)
+        if self._turning is not None:
+            self._turning.turn(work, index)
+        return work
+
+    def _find_turning(self) -> Turning | None:
+        """The recipe's rotation with its matrices; learned ones are kept in the run directory."""
+        rotation, anatomy = self.plan.recipe.rotation, self.plan.anatomy
+        if rotation is None:
+            return None
+        matrices = self._learned(rotation) if isinstance(rotation, LearnedRotation) else rotation.matrices(anatomy)
+        return Turning(rotation, matrices, anatomy, self.checkpoint, self.device)
+
+    def _learned(self, rotation: LearnedRotation) -> dict[str, Tensor]:
+        """The matrices that a rotation learned on the text, here or before a restart."""
+        file = self.run.path / ROTATION
+        if not file.exists():
+            began = time.perf_counter()
+            plan, names = self.plan, self.checkpoint.names()
+            for name, tensor in self.checkpoint.read(names).items():
+                check_finite(name, tensor)
+            view = WholeModel(
+                self.model, plan.anatomy, plan.recipe, plan.formats, self.checkpoint, self.windows, self.device
+            )
+            with torch.enable_grad():
+                matrices, losses = rotation.learn(view)
+            view.release()
+            _release_memory()
+            file.parent.mkdir(exist_ok=True)
+            write_shard(file, {name: matrix.cpu() for name, matrix in matrices.items()})
+            seconds = round(time.perf_counter() - began, 3)
+            self.run.log({"rotation": rotation.name, "losses": losses, "seconds": seconds})
+        return read_shard(file)
+
+    def _begin(self, finished: int) -> tuple[Streams, int]:
+        """The hidden states to go on from, and the block that they are inputs of."""
         batches = micro_batches(list(self.windows), MICRO_BATCH)
-        hidden = HiddenStates(self.hidden_budget, self.run.path / SCRATCH)
-        calls = run_prologue(self.model, self.plan.anatomy, self.checkpoint, batches, hidden, self.dtype, self.device)
+        trains = self.plan.recipe.float_stream
+        share = self.hidden_budget // 3 if trains else self.hidden_budget
+        home = self._home()
+        hidden = HiddenStates(share, self.run.path / SCRATCH / "quantized", home)
+        calls = run_prologue(
+            self.model,
+            self.plan.anatomy,
+            self.checkpoint,
+            batches,
+            hidden,
+            self.dtype,
+            self.device,
+            *(() if self._turning is None else (self._turning.rows,)),
+        )
+        streams = Streams(calls, hidden, self.device, self.hidden_budget)
+        if trains:
+            streams.split(share, self.run.path / SCRATCH, home)
         for block in range(finished, 0, -1):
             snapshot = snapshot_path(self.run, block)
             if snapshot.exists():
-                hidden.restore(read_shard(snapshot))
-                return calls, hidden, block
-        return calls, hidden, 0
+                streams.restore(read_shard(snapshot))
+                return streams, block
+        return streams, 0
 
-    def _text(self, calls: Calls, hidden: HiddenStates, index: int) -> Text:
-        def forward(block: nn.Module, batch: int) -> Tensor:
-            return calls.run(block, index, batch, hidden[batch].to(self.device))
-
-        return Text(forward, len(hidden), hidden[0].shape[0] * hidden[0].shape[1])
+    def _home(self) -> torch.device:
+        """Where hidden states live: on the GPU if they take less than a third of what is free there."""
+        roomy = self.device.type == "cuda" and 3 * self.plan.hidden_bytes < torch.cuda.mem_get_info(self.device)[0]
+        return self.device if roomy else torch.device("cpu")
 
     def _names(self, index: int) -> tuple[str, ...]:
         return self.checkpoint.names(self.plan.anatomy.full_name(index, "") + ".")
 
     def _write_rest(self) -> None:
-        """Everything outside the blocks, as it is in the checkpoint, and the names that export gives back."""
+        """Everything outside the blocks, rotated if the recipe says so, and the names that export gives back."""
         if not self.run.shard(0).exists():
-            inside = f"{self.plan.anatomy.layers}."
-            names = [n for n in self.checkpoint.names() if not n.startswith(inside) and n not in self.checkpoint.tied]
-            write_shard(self.run.shard(0), {name: self.checkpoint.streamed(name) for name in names})
+            write_shard(self.run.shard(0), self._rest() if self._turning is None else self._turning.stored())
         if not (self.run.path / NAMES).exists():
-            write_json(self.run.path / NAMES, checkpoint_names(self.checkpoint))
+            names = checkpoint_names(self.checkpoint)
+            if unties(self.plan.anatomy, self.plan.recipe):
+                names.pop(f"{self.plan.anatomy.head}.weight", None)  # the files knew it as the embedding
+            write_json(self.run.path / NAMES, names)
+
+    def _rest(self) -> dict[str, Tensor | Streamed]:
+        inside = f"{self.plan.anatomy.layers}."
+        names = [n for n in self.checkpoint.names() if not n.startswith(inside) and n not in self.checkpoint.tied]
+        return {name: self.checkpoint.streamed(name) for name in names}
 
 
 def checkpoint_names(checkpoint: Checkpoint) -> dict[str, list[tuple[str, int, bool]]]:
@@ -163,21 +238,87 @@ def snapshot_path(run: RunDirectory, block: int) -> Path:
     return run.path / f"hidden-{block:05d}.safetensors"
 
 
+class Streams:
+    """The hidden states in front of the block being worked on, and how every block is called with them.
+
+    `inputs` come through the quantized blocks. `clean` come through the original ones and exist for recipes that train;
+    `targets` are the next block's `clean` in the making, since training still reads the old ones.
+    """
+
+    def __init__(self, calls: Calls, inputs: HiddenStates, device: torch.device, budget: int) -> None:
+        self._calls, self._inputs, self._device, self._budget = calls, inputs, device, budget
+        self._clean: HiddenStates | None = None
+        self._targets: HiddenStates | None = None
+
+    def split(self, budget: int, directory: Path, home: torch.device) -> None:
+        """Keep the original model's states from here on; both streams are the same so far."""
+        self._clean = HiddenStates(budget, directory / "float", home)
+        self._targets = HiddenStates(budget, directory / "target", home)
+        for state in self._inputs:
+            self._clean.append(state)
+            self._targets.append(state)
+
+    def text(self, index: int) -> Text:
+        """The text as the block of this index sees it."""
+
+        def call(block: nn.Module, batch: int, hidden: Tensor) -> Tensor:
+            return self._calls.run(block, index, batch, hidden.to(self._device))
+
+        onward = index + 1 < len(self._calls.by_block)
+        return Text(call, self._inputs, self._clean, self._targets, onward, self._spare())
+
+    def _spare(self) -> int:
+        """Bytes of the budget that hidden states leave, and of a GPU at most half of what is free there."""
+        streams = (self._inputs, self._clean, self._targets)
+        spare = self._budget - sum(states.nbytes for states in streams if states is not None)
+        if self._device.type == "cuda":
+            spare = min(spare, torch.cuda.mem_get_info(self._device)[0] // 2)
+        return max(0, spare)
+
+    def advance(self, text: Text, block: nn.Module | None) -> None:
+        """Go on to the next block: send the quantized stream through the finished one, if that is still to be done.
+
+        The float stream has its outputs already.
+        """
+        if block is not None:
+            for batch in range(text.batches):
+                self._inputs[batch] = text.forward(block, batch)
+        self._clean, self._targets = self._targets, self._clean
+
+    def _named(self) -> dict[str, HiddenStates]:
+        return {"": self._inputs} if self._clean is None else {"": self._inputs, "float.": self._clean}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Every state by name, for a file that `restore` reads."""
+        return {f"{name}{k}": state for name, states in self._named().items() for k, state in states.snapshot().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the states by those of a snapshot."""
+        for name, states in self._named().items():
+            states.restore({key: tensors[f"{name}{key}"] for key in states.names()})
+
+    def clear(self) -> None:
+        """Drop every state and its scratch files."""
+        for states in (self._inputs, self._clean, self._targets):
+            if states is not None:
+                states.clear()
+
+
 class _Snapshots:
     """Saves the hidden states now and then, in the background; only the newest file is kept."""
 
-    def __init__(self, run: RunDirectory, hidden: HiddenStates | None) -> None:
-        self._run, self._hidden = run, hidden
+    def __init__(self, run: RunDirectory, streams: Streams | None) -> None:
+        self._run, self._streams = run, streams
         self._last = time.monotonic()
         self._thread: threading.Thread | None = None
 
     def maybe_save(self, block: int) -> None:
         """Save the inputs of `block` if the last snapshot is old enough and done."""
-        if self._hidden is None or time.monotonic() - self._last < SNAPSHOT_SECONDS:
+        if self._streams is None or time.monotonic() - self._last < SNAPSHOT_SECONDS:
             return
         self.wait()
         self._last = time.monotonic()
-        self._thread = threading.Thread(target=self._save, args=(block, self._hidden.snapshot()), daemon=True)
+        self._thread = threading.Thread(target=self._save, args=(block, self._streams.snapshot()), daemon=True)
         self._thread.start()
 
     def _save(self, block: int, states: dict[str, Tensor]) -> None:
