@@ -44,7 +44,7 @@ class GPTQ:
     damp: float = 0.01
     act_order: bool = True
     groups: Literal["static", "fresh", "stale"] = "static"
-    true_sequential: bool = False
+    true_sequential: bool = True
     block: int = 128
 
     def __post_init__(self) -> None:
