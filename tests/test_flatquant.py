@@ -16,10 +16,11 @@ from torch import Tensor
 import lowbit
 from lowbit.graph.anatomy import Rows
 from lowbit.methods import flat_block, flat_maps, flatquant
-from lowbit.methods.base import Recipe, Scheme
 from lowbit.methods.flat_maps import Group, Matrices, find_groups, inverse_weight, turn_values
 from lowbit.methods.flatquant import FlatQuant, Training
+from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.scheme import Scheme
 from lowbit.modules.attention import attach
 from lowbit.numerics.clipping import clamped, quantize_clipped
 from lowbit.numerics.grid import fit_range, from_units, grid_from_range, to_units, unit_range

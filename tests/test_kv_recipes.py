@@ -9,8 +9,9 @@ import torch
 from tiny import save_model, save_text
 
 import lowbit
-from lowbit.methods.base import Recipe, Scheme
+from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.scheme import Scheme
 from lowbit.modules.attention import attach, attached, attention_modules
 from lowbit.numerics.kv import KV, kivi
 from lowbit.recipes import from_dict, parse, to_dict

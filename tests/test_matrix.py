@@ -22,7 +22,7 @@ from torch import Tensor
 import lowbit
 from lowbit import api
 from lowbit.methods import RECONSTRUCTS, ROUNDS, TRANSFORMS
-from lowbit.methods.base import Recipe
+from lowbit.methods.recipe import Recipe
 from lowbit.recipes import parse, resolve
 from lowbit.stream import block
 

@@ -11,14 +11,15 @@ import pytest
 from lowbit.cli import main
 from lowbit.data import calibrate
 from lowbit.methods import CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
-from lowbit.methods.base import Override, Recipe, Scheme
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lkd import LKD
 from lowbit.methods.lorc import LoRC
 from lowbit.methods.mse import MSEClip
 from lowbit.methods.omniquant import OmniQuant
 from lowbit.methods.quarot import QuaRot
+from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.scheme import Override, Scheme
 from lowbit.methods.signround import SignRound
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.methods.spinquant import SpinQuant

@@ -26,9 +26,11 @@ from lowbit import recipes
 from lowbit.graph.anatomy import Anatomy, Edge, Norm, Site
 from lowbit.graph.discover import discover
 from lowbit.methods.awq import AWQ
-from lowbit.methods.base import Override, Recipe, Rotation, Scheme, Transform
+from lowbit.methods.base import Rotation, Transform
 from lowbit.methods.quarot import QuaRot, attention_outputs, down_inputs
+from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.scheme import Override, Scheme
 from lowbit.modules.attention import attached
 from lowbit.modules.linear import QLinear
 from lowbit.numerics.hadamard import hadamard

@@ -16,17 +16,7 @@ import pytest
 
 from lowbit.methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
 from lowbit.methods.awq import AWQ, AWQClip
-from lowbit.methods.base import (
-    Clip,
-    Correct,
-    Override,
-    Recipe,
-    Reconstruct,
-    Rotation,
-    Round,
-    Scheme,
-    Transform,
-)
+from lowbit.methods.base import Clip, Correct, Reconstruct, Rotation, Round, Transform
 from lowbit.methods.flatquant import FlatQuant
 from lowbit.methods.gptaq import GPTAQ
 from lowbit.methods.gptq import GPTQ
@@ -34,7 +24,9 @@ from lowbit.methods.lorc import LoRC
 from lowbit.methods.mse import MSEClip
 from lowbit.methods.omniquant import OmniQuant
 from lowbit.methods.quarot import QuaRot
+from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.scheme import Override, Scheme
 from lowbit.methods.signround import SignRound
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.numerics.kv import KV

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 import lowbit
 from lowbit.graph import unfuse_experts
 from lowbit.graph.rotate import absorb, fold_model, rotate_heads, rotate_model
-from lowbit.methods.base import LearnedRotation, Recipe, Scheme
+from lowbit.methods.base import LearnedRotation
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.mse import MSEClip
+from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.scheme import Scheme
 from lowbit.methods.spinquant import CPU_TOKENS, SpinQuant, gradients
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.maps import mean_preserving, random_orthogonal

@@ -19,15 +19,18 @@ from lowbit.graph.anatomy import Anatomy, Site, Tap
 from lowbit.graph.discover import discover
 from lowbit.graph.skeleton import unfuse_experts
 from lowbit.methods import GPTQ, LoRC, MinMaxClip
-from lowbit.methods.base import Override, Recipe, Scheme, Stats
+from lowbit.methods.base import Stats
+from lowbit.methods.recipe import Recipe
+from lowbit.methods.scheme import Override, Scheme
 from lowbit.modules.linear import QLinear, install
 from lowbit.numerics.qtensor import QLayer
 from lowbit.numerics.spec import Int, per_group, per_token
 from lowbit.stream import block as pipeline
 from lowbit.stream import run
-from lowbit.stream.block import Outcome, Text, quantize_block
+from lowbit.stream.block import Outcome, quantize_block
 from lowbit.stream.hidden import HiddenStates
 from lowbit.stream.stages import Layout, Passes, stages
+from lowbit.stream.text import Text
 from lowbit.stream.work import BlockWork
 
 PLENTY = 1 << 40

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .evaluation.report import EvaluationReport
     from .graph.anatomy import Anatomy
-    from .methods.base import Recipe
+    from .methods.recipe import Recipe
     from .runtime.verify import Verification
     from .stream.checkpoint import Checkpoint
     from .stream.plan import Plan, Refuse

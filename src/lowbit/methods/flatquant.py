@@ -24,9 +24,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import BlockView, Need, Scheme
+from .base import BlockView, Need
 from .flat_block import FlatBlock
 from .flat_maps import Form
+from .scheme import Scheme
 
 LEAST_RATE = 5e-6
 """What learning rates fall to, along a cosine."""

@@ -23,8 +23,9 @@ from ..modules.linear import quantize_activation
 from ..numerics.grid import Grid, fit_range, grid_from_range, unit_range
 from ..numerics.spec import Spec
 from ..numerics.ste import quantize_range
-from .base import BlockView, Need, Scheme
+from .base import BlockView, Need
 from .equivalent import Draft, Equivalence, Scaling, free_scores, starts
+from .scheme import Scheme
 
 
 class LWC:

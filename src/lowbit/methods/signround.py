@@ -23,7 +23,8 @@ from ..numerics.grid import Grid, from_units, grid_from_range, grid_range, to_le
 from ..numerics.qtensor import QTensor
 from ..numerics.spec import Spec
 from ..numerics.ste import quantize_between, shifted
-from .base import BlockView, Need, Scheme
+from .base import BlockView, Need
+from .scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Recipes by name or file: what `--recipe`, `--set`, `--override` and `--ignore` mean, and what `lowbit recipes` shows.
 
-A recipe itself is `methods.base.Recipe`; here is only its spelling. `grammar` reads names, `document` reads and writes
-YAML, and both know methods from the registry alone. `papers` builds what was published on top of them.
+A recipe itself is `methods.recipe.Recipe`; here is only its spelling. `grammar` reads names, `document` reads and
+writes YAML, and both know methods from the registry alone. `papers` builds what was published on top of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import replace
 from os.path import isfile
 from pathlib import Path
 
-from ..methods.base import Recipe
+from ..methods.recipe import Recipe
 from .document import Calibration, LoadedRecipe, from_dict, load_yaml, to_dict, to_yaml
 from .grammar import EXAMPLE, parse, parse_override
 from .named import NAMED

@@ -16,8 +16,10 @@ from typing import Any, cast, get_type_hints
 import yaml
 
 from ..methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
-from ..methods.base import Clip, Correct, Override, Recipe, Reconstruct, Round, Scheme, Transform
+from ..methods.base import Clip, Correct, Reconstruct, Round, Transform
+from ..methods.recipe import Recipe
 from ..methods.rtn import RTN
+from ..methods.scheme import Override, Scheme
 from ..numerics.kv import KV
 from .checks import below, checked, section, unknown
 from .defaults import default_clip

@@ -20,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
-from ..methods.base import Override, Recipe, Scheme
+from ..methods.recipe import Recipe
 from ..methods.rtn import RTN
+from ..methods.scheme import Override, Scheme
 from ..numerics.kv import KV, kivi
 from ..numerics.spec import (
     E2M1,

@@ -1,13 +1,14 @@
-"""One decoder block from 16 bits to codes: observe, transform, round. No file is touched here.
+"""One decoder block from 16 bits to codes: observe, transform, train, round, correct. No file is touched here.
 
 The order is fixed by the slots of a recipe: statistics on the block as it arrived; for every edge the transforms' maps,
-folded into fp32 copies and carried over to the statistics; then every tap is rounded, linears behind one input as one
-batch. What comes out is what is stored, and what is stored is what makes the next block's inputs.
+folded into fp32 copies and carried over to the statistics; what is trained before rounding; every tap rounded, linears
+behind one input as one batch; what is trained afterwards; corrections. What comes out is what is stored, and what is
+stored is what makes the next block's inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,60 +21,14 @@ from ..numerics.grid import Grid
 from ..numerics.qtensor import QAttention, QLayer, QWeight
 from ..numerics.spec import Spec
 from .edges import BlockEdge, inspects_reader
-from .hidden import HiddenStates
 from .observe import Observed, observe
 from .stages import Layout, Passes, stages
 from .student import Student
+from .text import Text
 from .work import BlockWork, FixedGrid
 
 STARVED = 32
 """An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
-REPLAYED_TOKENS = 16384
-"""Transforms that try candidates by running the inspected modules do so on about this many tokens, evenly spread."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """The calibration text as a block sees it: how to run a micro-batch, and the streams it comes from.
-
-    `inputs` are what the quantized blocks before this one give. Where the recipe asks for the original model's stream,
-    `clean` are its states in front of this block, and `targets` take those behind it.
-    """
-
-    call: Callable[[nn.Module, int, Tensor], Tensor]
-    """(block, micro-batch, hidden states) -> the block's output hidden states [b, T, D]."""
-    inputs: HiddenStates
-    clean: HiddenStates | None = None
-    targets: HiddenStates | None = None
-    onward: bool = True
-    """Whether another block follows, which wants this one's outputs for inputs."""
-    budget: int = 0
-    """Bytes that may be kept in memory between the passes of a sequential Round."""
-
-    @property
-    def batches(self) -> int:
-        return len(self.inputs)
-
-    def forward(self, block: nn.Module, batch: int) -> Tensor:
-        """The block's output for one micro-batch of the quantized stream."""
-        return self.call(block, batch, self.inputs[batch])
-
-    def forward_clean(self, block: nn.Module, batch: int) -> Tensor:
-        """The block's output for one micro-batch of the original model's stream."""
-        assert self.clean is not None, "the recipe did not ask for the original model's stream"
-        return self.call(block, batch, self.clean[batch])
-
-    def fill_targets(self, block: nn.Module) -> None:
-        """Run the original block on the float stream, if it is wanted."""
-        if self.targets is not None:
-            for batch in range(self.batches):
-                self.targets[batch] = self.forward_clean(block, batch)
-
-    def replayed(self) -> tuple[int, ...]:
-        """Evenly spread micro-batches that hold about REPLAYED_TOKENS tokens."""
-        first = self.inputs[0]
-        count = min(self.batches, max(1, REPLAYED_TOKENS // (first.shape[0] * first.shape[1])))
-        return tuple(index * self.batches // count for index in range(count))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..graph.anatomy import Anatomy, BlockAnatomy, Norm, Rows, Site
 from ..graph.fold import source_rows
 from ..graph.rotate import absorb, fold_model
-from ..methods.base import Recipe
+from ..methods.recipe import Recipe
 from ..modules.attention import attach, detach
 from ..modules.linear import install, quantize_activation
 from ..numerics.maps import Kronecker, Map

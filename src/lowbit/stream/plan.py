@@ -15,7 +15,7 @@ from math import prod
 import torch
 
 from ..graph.anatomy import Anatomy, Site
-from ..methods.base import Recipe
+from ..methods.recipe import Recipe
 from ..numerics.bits import packed_length
 from ..numerics.grid import unit_shape
 from ..numerics.scales import scale_bytes

@@ -26,7 +26,8 @@ from ..graph.rotate import (
     rotate_rows,
     rotation_refusal,
 )
-from ..methods.base import LearnedRotation, Recipe, Rotation
+from ..methods.base import LearnedRotation, Rotation
+from ..methods.recipe import Recipe
 from .checkpoint import Checkpoint
 from .work import BlockWork
 

@@ -27,7 +27,7 @@ from ..numerics.qtensor import QAttention, QLayer, QTensor, QWeight
 from .work import BlockWork
 
 if TYPE_CHECKING:
-    from .block import Text
+    from .text import Text
 
 
 class Student:

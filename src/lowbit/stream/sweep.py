@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..formats.files import Streamed, read_shard, write_json, write_shard
 from ..methods.base import LearnedRotation
 from ..modules.linear import install
-from .block import Outcome, Text, quantize_block
+from .block import Outcome, quantize_block
 from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
 from .learning import WholeModel
@@ -30,6 +30,7 @@ from .plan import Plan
 from .prologue import Calls, run_prologue
 from .rotation import Turning, unties
 from .run import NAMES, ROTATION, SCRATCH, RunDirectory
+from .text import Text
 from .work import BlockWork
 
 MICRO_BATCH = 2048

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..graph.anatomy import BlockAnatomy, Edge, Site, Tap
 from ..graph.fold import apply_scale, apply_shift
-from ..methods.base import Fold, Need, Recipe, Stats
+from ..methods.base import Fold, Need, Stats
+from ..methods.recipe import Recipe
 from ..modules.attention import attach, attached
 from ..modules.linear import QLinear, install
 from ..numerics.grid import Grid, fit_range, grid_from_range
