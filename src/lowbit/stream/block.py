@@ -21,12 +21,15 @@ from ..numerics.grid import Grid
 from ..numerics.qtensor import QAttention, QLayer, QWeight
 from ..numerics.spec import Spec
 from .edges import BlockEdge, inspects_reader
+from .memory import release_memory
 from .observe import Observed, observe
 from .stages import Layout, Passes, stages
 from .student import Student
 from .text import Text
 from .work import BlockWork, FixedGrid
 
+LARGE = 32 << 20
+"""Bytes of a block from which freed memory is given back between its stages; for a small one it takes too long."""
 STARVED = 32
 """An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
 
@@ -339,6 +342,8 @@ def _round_in_order(work: BlockWork, text: Text, layout: Layout) -> tuple[dict[s
             fresh = _corrected(work, fresh, stats)
         install(work.block, fresh, rest, work.dtype, work.device)
         layers.update(fresh)
+        if work.nbytes > LARGE:
+            release_memory()
     if text.onward and not recipe.retrains:
         for batch, output in enumerate(passes.outputs()):
             text.inputs[batch] = output

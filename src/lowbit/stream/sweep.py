@@ -6,9 +6,7 @@ killed run comes back here too: finished blocks are read from their shards and o
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +24,7 @@ from .block import Outcome, quantize_block
 from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
 from .learning import WholeModel
+from .memory import release_memory
 from .plan import Plan
 from .prologue import Calls, run_prologue
 from .rotation import Turning, unties
@@ -92,7 +91,8 @@ class Sweep:
                     streams.advance(text, None if advanced else block)
                     saver.maybe_save(index + 1)
                 free(block)
-                _release_memory()
+                gc.collect()
+                release_memory()
         saver.wait()
         if streams is not None:
             streams.clear()
@@ -163,7 +163,7 @@ class Sweep:
             with torch.enable_grad():
                 matrices, losses = rotation.learn(view)
             view.release()
-            _release_memory()
+            release_memory()
             file.parent.mkdir(exist_ok=True)
             write_shard(file, {name: matrix.cpu() for name, matrix in matrices.items()})
             seconds = round(time.perf_counter() - began, 3)
@@ -345,10 +345,3 @@ def _report(name: str, outcome: Outcome) -> dict[str, Any]:
     if outcome.experts:
         report["experts"] = {"tokens": outcome.experts, "rounded_to_nearest": outcome.starved}
     return report
-
-
-def _release_memory() -> None:
-    """Give freed pages back to the system: glibc keeps them, and the next block would come on top."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)

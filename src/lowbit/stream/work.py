@@ -79,6 +79,11 @@ class BlockWork:
         weight = self.source[f"{site.name}.weight"].to(self.device)
         return (weight.T if site.transposed else weight).float()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block in the checkpoint."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def quantized(self) -> Iterator[tuple[Site, Spec]]:
         """The sites whose weights get a format, and which."""
         for site in self.anatomy.sites:
