@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -53,20 +55,23 @@ def main() -> None:
             shutil.rmtree(output)
 
 
-def make_model(path: Path, tokenizer: str) -> Path:
+def make_model(path: Path, tokenizer: str, shape: Mapping[str, Any] = CONFIG) -> Path:
     """A random checkpoint, one shard per block."""
     from lowbit.formats.base import copy_companions
     from lowbit.formats.source import locate
 
     path.mkdir(parents=True)
-    config = LlamaConfig(**CONFIG, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(path)
     copy_companions(locate(tokenizer), path)
     d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    attention = {f"self_attn.{name}_proj": (d, d) for name in "qkvo"}
+    kv = d * config.num_key_value_heads // config.num_attention_heads
+    attention = {f"self_attn.{name}_proj": (kv if name in "kv" else d, d) for name in "qkvo"}
     shapes = {**attention, "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f)}
     files = ["model-outside.safetensors"]
-    outside = {"model.embed_tokens.weight": matrix(v, d), "lm_head.weight": matrix(v, d), "model.norm.weight": ones(d)}
+    outside = {"model.embed_tokens.weight": matrix(v, d), "model.norm.weight": ones(d)}
+    if not config.tie_word_embeddings:
+        outside["lm_head.weight"] = matrix(v, d)
     write_shard(path / files[0], outside)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"

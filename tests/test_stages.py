@@ -133,20 +133,23 @@ def test_experts_of_one_projection_are_one_stage() -> None:
     assert [len(stage) for stage in order] == [1, 1, 4, 4]
 
 
-def test_nothing_but_norms_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the look at the block as it arrives (one micro-batch), each linear and attention run once per batch."""
+def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the look at the block as it arrives (one micro-batch), each linear, norm and attention run once a batch."""
     counts: Counter[str] = Counter()
     attention, linear = F.scaled_dot_product_attention, QLinear.forward
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **k: (counts.update(["attention"]), attention(*a, **k))[1]
     )
     bench = Bench("llama", 0, tmp_path)
+    norm = type(bench.block.input_layernorm)
+    normalize = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: (counts.update(["norm"]), normalize(self, x))[1])
     counts.clear()
     monkeypatch.setattr(QLinear, "forward", lambda self, x: (counts.update(["linear"]), linear(self, x))[1])
     outcome, _ = quantized(bench)
     assert len(outcome.layers) == 7
     # Beside the batches: the original's output for the first one, and that of plain rounding, for the report.
-    assert counts == {"attention": BATCHES + 2, "linear": 7 * BATCHES + 7}
+    assert counts == {"attention": BATCHES + 2, "linear": 7 * BATCHES + 7, "norm": 2 * (BATCHES + 2)}
 
 
 def test_without_a_next_block_nothing_is_sent_through(tmp_path: Path) -> None:
@@ -171,14 +174,15 @@ def test_what_is_kept_stays_under_the_budget_and_goes(tmp_path: Path, memory: in
         "mlp.down_proj": "mlp",
     }
     order = stages(bench.work.anatomy.taps)
-    passes = Passes(bench.block, sites, order, layout, bench.forward, BATCHES, memory)
+    passes = Passes(bench.block, sites, bench.work.anatomy.edges, order, layout, bench.forward, BATCHES, memory)
     kept = []
     for index in range(len(order)):
         passes.observe(index, frozenset({"gram"}))
         assert passes._bytes == sum(k.nbytes for here in passes._kept for k in here.values()) <= memory
         kept.append({path for here in passes._kept for path in here})
     if memory == PLENTY:
-        assert kept == [set(), {"self_attn"}, {"self_attn"}, {"self_attn", "mlp"}]
+        norms = {"input_layernorm"}, {"self_attn", "post_attention_layernorm"}
+        assert kept == [norms[0], {"self_attn"}, norms[1], {"self_attn", "mlp"}]
     assert len(list(passes.outputs())) == BATCHES
     assert passes._bytes == 0 and not any(passes._kept)
 
@@ -215,7 +219,7 @@ def test_what_a_model_wrote_into_is_computed_again() -> None:
             lambda _m, args, name=site.name: expected.update({name: args[0].flatten(0, -2).clone()})
         )
     outputs = [block(part) for part in x]
-    passes = Passes(block, sites, stages(taps), layout, lambda b, i: b(x[i]), BATCHES, PLENTY)
+    passes = Passes(block, sites, (), stages(taps), layout, lambda b, i: b(x[i]), BATCHES, PLENTY)
     for index, site in enumerate(sites):
         found = passes.observe(index, frozenset({"minmax"}))[site.name].minmax
         assert found is not None
@@ -250,7 +254,7 @@ def test_what_follows_experts_that_wait_is_not_kept() -> None:
         block(x[0])
     outputs = [block(part) for part in x]
     order = stages([Tap((site,)) for site in sites])
-    passes = Passes(block, every, order, layout, lambda b, i: b(x[i]), BATCHES, PLENTY)
+    passes = Passes(block, every, (), order, layout, lambda b, i: b(x[i]), BATCHES, PLENTY)
     for index in range(2):
         seen = passes.observe(index, frozenset({"gram"}))
         for e in range(2):

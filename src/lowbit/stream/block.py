@@ -331,7 +331,8 @@ def _round_in_order(work: BlockWork, text: Text, layout: Layout) -> tuple[dict[s
     install(work.block, {**work.kept(), **work.attention()}, rest, work.dtype, work.device)
     rounded = {site.name for site, _ in work.quantized()}
     order = [s for s in stages(work.anatomy.taps) if any(site.name in rounded for tap in s for site in tap.sites)]
-    passes = Passes(work.block, work.anatomy.sites, order, layout, text.forward, text.batches, text.budget)
+    sites, edges = work.anatomy.sites, work.anatomy.edges
+    passes = Passes(work.block, sites, edges, order, layout, text.forward, text.batches, text.budget)
     layers: dict[str, QLayer] = {}
     experts: dict[str, int] = {}
     for index, stage in enumerate(order):

@@ -3,8 +3,8 @@
 A stage is what is rounded on one look at its inputs: a tap, or one projection of all experts. In every pass each
 micro-batch runs up to the inputs of the stage and no further; these are complete then, the stage is rounded, and the
 next pass goes on through it. A pass starts at the top of the block, since a forward cannot be paused without threads,
-but what is complete is not computed again: modules whose linears are all rounded hand out what they returned before, so
-only norms and additions are repeated.
+but what is complete is not computed again: modules whose linears are all rounded hand out what they returned before,
+norms that only such modules read return nothing of use, and little more than additions is repeated.
 
 Most attention and feed-forward modules return what their last linear returns. Then that linear's input, seen anyhow, is
 all that is kept of the module, and attention itself runs once. What exceeds the budget is computed again: slower, and
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.anatomy import Site, Tap
+from ..graph.anatomy import Edge, Norm, Site, Tap
 from ..methods.base import Need, Stats
 from ..modules.linear import QLinear
 from .edges import first
@@ -60,6 +60,7 @@ class Layout:
     """How a block's modules are called and what they return, seen while it runs once."""
 
     calls: Counter[str] = field(default_factory=Counter)
+    """By path of a module within the block."""
     tails: dict[str, Tail] = field(default_factory=dict)
     """By linear, its largest such module within the block."""
 
@@ -75,6 +76,7 @@ class Layout:
                 y = first(output)
                 if path in names:
                     made[path] = y
+                if path in names or path not in above:
                     return
                 others = output[1:] if isinstance(output, tuple) else None
                 if _tensors(others) == []:
@@ -85,8 +87,9 @@ class Layout:
 
         names = {site.name for site in sites}
         with ExitStack() as stack:
-            for path in above:
-                stack.callback(block.get_submodule(path).register_forward_hook(note(path)).remove)
+            for path, module in block.named_modules():
+                if path:
+                    stack.callback(module.register_forward_hook(note(path)).remove)
             yield
 
 
@@ -138,14 +141,15 @@ class _Kept:
 class Passes:
     """The passes of one block: `observe(0)`, round and install stage 0, `observe(1)`, …, and at last `outputs()`.
 
-    `sites` that are in no stage compute from the start what they will. Between the passes modules may be replaced; all
-    is remembered by path. At most `budget` bytes are kept.
+    `sites` that are in no stage compute from the start what they will; `edges` say who alone reads a norm. Between the
+    passes modules may be replaced; all is remembered by path. At most `budget` bytes are kept.
     """
 
     def __init__(
         self,
         block: nn.Module,
         sites: Sequence[Site],
+        edges: Sequence[Edge],
         stages: Sequence[Stage],
         layout: Layout,
         forward: Forward,
@@ -164,6 +168,11 @@ class Passes:
             name: tail
             for name, tail in layout.tails.items()
             if self._last[tail.module] == stage_of.get(name) and {tail.module, name} <= self._once
+        }
+        self._readers = {
+            edge.source.name: (*(site.name for site in edge.readers), *edge.others)
+            for edge in edges
+            if isinstance(edge.source, Norm) and layout.calls[edge.source.name] == 1
         }
         self._kept: list[dict[str, _Kept]] = [{} for _ in range(batches)]
         self._bytes = 0
@@ -191,9 +200,10 @@ class Passes:
         """Run every micro-batch, and give its output, or None where it paused."""
         self._stage = stage
         with ExitStack() as stack:
-            for path in self._last:
+            calls = {path: self._call for path in self._last} | {path: self._normalize for path in self._readers}
+            for path, call in calls.items():
                 module = self._block.get_submodule(path)
-                vars(module)["forward"] = partial(self._call, path, module.forward)
+                vars(module)["forward"] = partial(call, path, module.forward)
                 stack.callback(vars(module).pop, "forward")
             for batch in range(self._batches):
                 self._batch, self._astray = batch, False
@@ -224,6 +234,26 @@ class Passes:
         self._astray = True
         return x.new_zeros(*x.shape[:-1], site.shape[0])
 
+    def _normalize(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands for the forward of a norm: what its readers pause at in one pass is kept for the next."""
+        here = self._kept[self._batch]
+        kept = here.get(path)
+        self._drop(path)
+        if all(self._answers(reader) for reader in self._readers[path]):
+            return args[0]  # nobody looks at it
+        if kept is not None and kept.intact:
+            return kept.value
+        output = forward(*args, **kwargs)
+        if any(self._last.get(reader) == self._stage for reader in self._readers[path]):
+            self._keep(path, output, None)
+        return output
+
+    def _answers(self, path: str) -> bool:
+        """Whether a module hands out what is kept of it, or of one that it is part of, whatever it is called with."""
+        parts = path.split(".")
+        found = (self._kept[self._batch].get(".".join(parts[:end])) for end in range(1, len(parts) + 1))
+        return any(kept is not None and kept.intact for kept in found)
+
     def _complete(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a module returns whose linears are all as they will be."""
         kept = self._kept[self._batch].get(path)
@@ -247,7 +277,7 @@ class Passes:
             return
         here = self._kept[self._batch]
         kept = _Kept(value, tail, tensors, [tensor._version for tensor in tensors])
-        replaced = [p for p in (path, *self._beneath[path]) if p in here]
+        replaced = [p for p in (path, *self._beneath.get(path, ())) if p in here]
         if self._bytes - sum(here[p].nbytes for p in replaced) + kept.nbytes > self._budget:
             return
         for other in replaced:
