@@ -16,7 +16,8 @@ from torch import Tensor
 import lowbit
 from lowbit.graph.anatomy import Rows
 from lowbit.methods import flat_block, flat_maps, flatquant
-from lowbit.methods.flat_maps import Group, Matrices, find_groups, inverse_weight, turn_values
+from lowbit.methods.flat_block import Live
+from lowbit.methods.flat_maps import Group, InputMap, Matrices, find_groups, inverse_weight, turn_values
 from lowbit.methods.flatquant import FlatQuant, Training
 from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
@@ -53,8 +54,12 @@ def disturb(flat: Training, by: float = 0.1) -> None:
 def outputs(flat: Training) -> Tensor:
     """Outputs in training mode, one behind the other."""
     with torch.no_grad():
-        live = flat.live(torch.float32)
-        return torch.cat([flat.forward(batch, live) for batch in range(flat.view.batches)])
+        live = flat.live(torch.float32, flat.matrices.pairs())
+        return torch.cat([forward(flat, batch, live) for batch in range(flat.view.batches)])
+
+
+def forward(flat: Training, batch: int, live: Live) -> Tensor:
+    return flat.forward(batch, flat.view.inputs(batch, "float"), live)
 
 
 def error(flat: Training) -> float:
@@ -221,6 +226,22 @@ def test_nothing_changes_while_nothing_is_quantized(family: str, form: Any, monk
     assert work.change() < 1e-4
 
 
+def test_joined_micro_batches_give_the_gradients_of_single_ones() -> None:
+    """As on a GPU: three micro-batches in one call of the block, and a fourth that is called differently alone."""
+    found = []
+    for joins in (False, True):
+        flat = Training(bench("llama", FlatQuant(), batches=4).student(), FlatQuant())
+        flat.view.joins = joins  # type: ignore[attr-defined]
+        text = flat.view._text  # type: ignore[attr-defined]
+        flat.view._text = replace(text, alike=lambda a, b: max(a, b) < 3)  # type: ignore[attr-defined]
+        disturb(flat, 0.3)
+        assert flat.view.joined(range(4)) == ([(0, 1, 2), 3] if joins else [0, 1, 2, 3])
+        loss = flat.gradients([0, 1, 2, 3])
+        found.append([loss, *(p.grad for group in flat.trained for p in group if p.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
 def test_keys_are_mapped_back() -> None:
     """With P_h and 8-bit keys the output stays near; with another matrix for the inverse it does not."""
     scheme = Scheme(None, None, kv=KV(keys=8, values=8, rule="zero-point"))
@@ -230,10 +251,10 @@ def test_keys_are_mapped_back() -> None:
     assert error(flat) < 1e-3
     flat.key = 0
     assert error(flat) < 1e-3  # P_v is as good a map as any
-    monkey = flat.live(torch.float32)
+    monkey = flat.live(torch.float32, flat.matrices.pairs())
     monkey["inverse", "0"] = monkey["matrix", "0"].flip(0)
     with torch.no_grad():
-        difference = flat.forward(0, monkey) - flat.view.target(0)
+        difference = forward(flat, 0, monkey) - flat.view.target(0)
     assert float(difference.square().mean()) > 1e-3
 
 
@@ -265,7 +286,7 @@ def test_the_loaded_block_computes_what_training_computed(
     def watched(flat: Training) -> None:
         if not seen:
             with torch.no_grad():
-                trained = flat.forward(0, flat.live(torch.float32))
+                trained = forward(flat, 0, flat.live(torch.float32, flat.matrices.pairs()))
             seen.append((flat.view.inputs(0, "float"), trained, flat.view.target(0)))
         finish(flat)
 
@@ -318,8 +339,8 @@ def test_gradients_are_those_of_one_loss_divided_by_itself() -> None:
     flat.gradients([2, 0])
     parameters = [p for group in flat.trained for p in group]
     ours = [p.grad for p in parameters]
-    live = flat.live(torch.float32)
-    loss = sum((flat.forward(batch, live) - flat.view.target(batch)).square().mean() for batch in (2, 0))
+    live = flat.live(torch.float32, flat.matrices.pairs())
+    loss = sum((forward(flat, batch, live) - flat.view.target(batch)).square().mean() for batch in (2, 0))
     assert isinstance(loss, Tensor)
     wanted = torch.autograd.grad(loss / loss.detach(), parameters)
     for mine, theirs in zip(ours, wanted, strict=True):
@@ -382,7 +403,7 @@ def test_a_step_computes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[str] = Counter()
     monkeypatch.setattr(flat_block, "quantize_clipped", _counting(counts, "quantized", flat_block.quantize_clipped))
     monkeypatch.setattr(flat_block, "inverse_weight", _counting(counts, "weights", flat_block.inverse_weight))
-    monkeypatch.setattr(Kronecker, "apply", _counting(counts, "mapped", Kronecker.apply))
+    monkeypatch.setattr(InputMap, "apply", _counting(counts, "mapped", InputMap.apply))
     monkeypatch.setattr(torch.linalg, "solve_ex", _counting(counts, "solved", torch.linalg.solve_ex))
     for name in ("inv", "inv_ex"):
         monkeypatch.setattr(torch.linalg, name, _counting(counts, "inverted", getattr(torch.linalg, name)))

@@ -38,6 +38,12 @@ def bench(family: str, recipe: str, *settings: str) -> Workbench:
     return Workbench(family, resolve(recipe, settings=settings).recipe, batches=2, outliers=True)
 
 
+def loss_on(original: Draft, draft: Draft, augmented: bool) -> Tensor:
+    """The loss on the first micro-batch."""
+    view = original.view
+    return block_loss(original, draft, 0, view.inputs(0, "quantized"), view.target(0), augmented)
+
+
 def disturb(maps: Sequence[Equivalence]) -> None:
     """Maps as training may leave them: scales of either sign, any shift."""
     for map in maps:
@@ -101,7 +107,7 @@ def test_both_logits_get_gradients() -> None:
     view = Linears([torch.randn(24, 32)], [spec], torch.randn(1, 2, 8, 32))
     original = Draft.of(view)
     clips = weight_clips(view, original, 4.0)
-    block_loss(original, student(original, [], clips), 0, False).backward()
+    loss_on(original, student(original, [], clips), False).backward()
     for parameter in clips["linear0"].trained:
         assert (
             parameter.grad is not None and bool((parameter.grad != 0).all()) and bool(parameter.grad.isfinite().all())
@@ -137,8 +143,8 @@ def test_augmented_loss() -> None:
     output = x[0] @ fit_range(view.weights[0], spec).quantize(view.weights[0]).T
     plain = (output - view.target(0)).square().mean()
     extra = (output - x[0] @ view.weights[0].T).square().mean()
-    assert torch.allclose(block_loss(original, draft, 0, False), plain, rtol=1e-5)
-    assert torch.allclose(block_loss(original, draft, 0, True), plain + extra, rtol=1e-5)
+    assert torch.allclose(loss_on(original, draft, False), plain, rtol=1e-5)
+    assert torch.allclose(loss_on(original, draft, True), plain + extra, rtol=1e-5)
 
 
 class Poisoned(Linears):
@@ -244,7 +250,7 @@ def test_gradients_reach_every_parameter(family: str) -> None:
     view = bench(family, "omniquant-w4a4").student()
     original = Draft.of(view)
     maps = [Scaling(*start) for start in starts(view, original, 0.75, shifts=True)]
-    block_loss(original, student(original, maps, {}), 0, True).backward()
+    loss_on(original, student(original, maps, {}), True).backward()
     for map in maps:
         for parameter in map.trained:
             assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,8 @@ def test_one_step_is_the_formula() -> None:
     spec, w, x = per_channel(Int(3)), torch.randn(6, 16), correlated(1, 2, 16, 16)
     start, view = fit_range(w, spec), Linears([w], [spec], x)
     rounding = _Rounding(view, view.anatomy.sites)
-    SignRound(batch=2)._gradients(view, [rounding])
+    method = SignRound(batch=2)
+    method._gradients(view, [rounding], partial(method._step, view, [rounding]))
     h = x.reshape(-1, 16).T.double() @ x.reshape(-1, 16).double()
     gradient = 2 * (start.quantize(w) - w).double() @ h * start.scale.double()
     level = (w / start.scale).round()

@@ -47,6 +47,12 @@ class Linears:
     def weight(self, site: Site) -> Tensor:
         return self.weights[self.anatomy.sites.index(site)].clone()
 
+    def joined(self, batches: Sequence[int]) -> list[int]:
+        return list(batches)
+
+    def kind(self, batch: int) -> tuple[int, int]:
+        return batch, 1
+
     def inputs(self, batch: int, stream: str) -> Tensor:
         return self.x[batch] if stream == "quantized" or self.floats is None else self.floats[batch]
 

@@ -44,7 +44,7 @@ class Masked:
 
     def begin(self, epoch: int, epochs: int) -> None:
         """Widen the mask."""
-        self.mask = gradual_mask(len(self.mask), epoch, epochs, self.stability).to(self.mask.device)
+        self.mask.copy_(gradual_mask(len(self.mask), epoch, epochs, self.stability))
 
     def value(self) -> tuple[Tensor, Tensor]:
         """(A ⊙ M_e, its inverse), fp32, computed in fp64."""

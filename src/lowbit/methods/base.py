@@ -22,6 +22,7 @@ from ..numerics.grid import Grid
 from ..numerics.kv import KV
 from ..numerics.maps import Map
 from ..numerics.qtensor import QAttention, QTensor, QWeight
+from ..numerics.replay import index
 from ..numerics.spec import Spec
 from ..numerics.stats import AbsMean, Cross, Gram, MinMax
 from .scheme import Scheme
@@ -97,14 +98,14 @@ def to_source(edge: Edge, x: Tensor) -> Tensor:
     """Reduce reader channels [I] of an edge to its source channels: the largest of those that read the same one."""
     if edge.channels is None:
         return x
-    channels = torch.tensor(edge.channels, device=x.device)
+    channels = index(edge.channels, x.device)
     reduced = x.new_zeros(int(channels.max()) + 1)
     return reduced.scatter_reduce(0, channels, x, "amax", include_self=False)
 
 
 def to_readers(edge: Edge, x: Tensor) -> Tensor:
     """Spread values over an edge's source channels to its reader channels [I]."""
-    return x if edge.channels is None else x[torch.tensor(edge.channels, device=x.device)]
+    return x if edge.channels is None else x[index(edge.channels, x.device)]
 
 
 class EdgeView(Protocol):
@@ -256,6 +257,8 @@ class Round(Protocol):
         """Codes for W [O, I], fp32. `stats` is None where the inputs were never seen (starved experts)."""
 
 
+Batch = int | tuple[int, ...]
+"""A micro-batch, or some that are run in one call (`BlockView.joined`)."""
 Quantizer = Callable[[Tensor], Tensor]
 """What happens to a linear's inputs [..., I] in training: maps, clipping, fake quantization; gradients pass."""
 
@@ -293,8 +296,14 @@ class BlockView(Protocol):
     def stored(self, name: str, value: Tensor) -> Tensor:
         """What a file would hold of this value of such a parameter, in fp32."""
 
-    def inputs(self, batch: int, stream: Literal["float", "quantized"]) -> Tensor:
-        """The block's input hidden states [b, T, D] for one micro-batch."""
+    def joined(self, batches: Sequence[int]) -> list[Batch]:
+        """The micro-batches in as few calls of the block as the device and their shapes allow."""
+
+    def kind(self, batch: Batch) -> tuple[int, int]:
+        """The same for micro-batches whose calls of the block differ in their hidden states alone (`Replayed`)."""
+
+    def inputs(self, batch: Batch, stream: Literal["float", "quantized"]) -> Tensor:
+        """The block's input hidden states [b, T, D] for one micro-batch, or some."""
 
     def site_inputs(self, batch: int, hidden: Tensor) -> Mapping[str, tuple[Tensor, Tensor]]:
         """What the block's linears see of the micro-batch while their weights are not rounded, by site name.
@@ -303,12 +312,12 @@ class BlockView(Protocol):
         where inputs are not quantized. Experts that no token was routed to are not there.
         """
 
-    def target(self, batch: int) -> Tensor:
-        """The original block's output for the micro-batch of the float stream, [b, T, D]."""
+    def target(self, batch: Batch) -> Tensor:
+        """The original block's output for the micro-batch, or some, of the float stream, [b, T, D]."""
 
     def run(
         self,
-        batch: int,
+        batch: Batch,
         hidden: Tensor,
         weights: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor] | None = None,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..graph.anatomy import Edge, Norm, Site
+from ..numerics.replay import index as places
 from .base import BlockView, Fold, Quantizer, to_readers, to_source
 
 FLOOR = 1e-2
@@ -65,7 +66,7 @@ class Draft:
     def rows(self, site: Site, index: tuple[int, ...] | None) -> Tensor:
         """Numbers of the rows that an index stands for."""
         rows = range(site.shape[0]) if index is None else index
-        return torch.tensor(tuple(rows), device=self.weights[site.name].device)
+        return places(tuple(rows), self.weights[site.name].device)
 
     def scale_rows(self, site: Site, scale: Tensor, index: tuple[int, ...] | None = None) -> None:
         """W/s and b/s in rows of a site."""

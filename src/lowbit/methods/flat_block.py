@@ -17,9 +17,10 @@ from ..numerics.clipping import clamped, clipped_range, quantize_clipped
 from ..numerics.grid import fit_range, unit_range
 from ..numerics.maps import Kronecker, Map
 from ..numerics.qtensor import QAttention
+from ..numerics.replay import index
 from ..numerics.spec import Spec
-from .base import BlockView, Fold, Quantizer, to_readers, to_source
-from .flat_maps import Group, KeyMap, Matrices, factors_of, find_groups, inverse_weight, sizes_of, turn_values
+from .base import Batch, BlockView, Fold, Quantizer, to_readers, to_source
+from .flat_maps import Group, InputMap, KeyMap, Matrices, factors_of, find_groups, inverse_weight, sizes_of, turn_values
 
 if TYPE_CHECKING:
     from .flatquant import FlatQuant
@@ -104,9 +105,8 @@ class FlatBlock:
 
     # --- the forward --------------------------------------------------------------------------------------------------
 
-    def live(self, dtype: torch.dtype) -> Live:
-        """All that a forward is computed with, with gradients to the parameters."""
-        pairs = self.matrices.pairs()
+    def live(self, dtype: torch.dtype, pairs: list[tuple[Tensor, Tensor]]) -> Live:
+        """All that a forward is computed with, with gradients to matrices (P, P⁻ᵀ), scales and thresholds."""
         inverses = [inverse for _, inverse in pairs]
         made: Live = {("matrix", str(i)): p for i, (p, _) in enumerate(pairs)}
         if self.key is not None:
@@ -165,12 +165,11 @@ class FlatBlock:
         low, high = (one, one) if parts is None else (parts[0], parts[1])
         return quantize_clipped(w, spec, low, high, clamp=parts is not None, dtype=dtype)
 
-    def forward(self, batch: int, live: Live) -> Tensor:
-        """The quantized block's output on the float stream."""
+    def forward(self, batch: Batch, hidden: Tensor, live: Live) -> Tensor:
+        """The quantized block's output for these hidden states, called as for that micro-batch."""
         weights = {name: value for (kind, name), value in live.items() if kind == "weight"}
         parameters = {name: value for (kind, name), value in live.items() if kind == "parameter"}
         quantizers = {name: made for group in self.groups for name, made in self._quantizers(group, live).items()}
-        hidden = self.view.inputs(batch, "float")
         if self.kv is None:
             return self.view.run(batch, hidden, weights, parameters, quantizers)
         key_map = None
@@ -185,7 +184,8 @@ class FlatBlock:
         made = {int(name): value for (kind, name), value in live.items() if kind == "matrix"}
         transform = self.view.maps.get(group.taps[0].sites[0].name)
         if any(number is not None for number in group.online):
-            transform = factors_of(group.online, group.sizes, [made[i] for i in sorted(made)])
+            factors = factors_of(group.online, group.sizes, [made[i] for i in sorted(made)])
+            transform = InputMap(factors.left, factors.right, factors.sizes)
         clip = live.get(("input", group.taps[0].name))
         shared: dict[Spec | None, Quantizer] = {}
         quantizers = {}
@@ -255,8 +255,8 @@ def _times(rows: Rows, tensor: Tensor, c: Tensor) -> Tensor:
     factor = c if tensor.dim() == 1 else c[:, None]
     if rows.index is None:
         return tensor * factor
-    index = torch.tensor(rows.index, device=tensor.device)
-    return tensor.index_copy(0, index, tensor[index] * factor)
+    places = index(rows.index, tensor.device)
+    return tensor.index_copy(0, places, tensor[places] * factor)
 
 
 def _turned(group: Group, tensor: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..graph.anatomy import BlockAnatomy, Edge, Rows, Tap
 from ..numerics.maps import Kronecker, kronecker, kronecker_sizes, random_orthogonal
+from ..numerics.replay import index
 
 Form = Literal["svd", "inverse"]
 
@@ -168,10 +169,20 @@ def inverse_weight(weight: Tensor, group: Group, inverses: Sequence[Tensor]) -> 
 
 def turn_values(rows: Rows, tensor: Tensor, p: Tensor) -> Tensor:
     """A weight [O, I] or bias [O] whose rows that make V give v P_v in every head, for P_v [h, h]; with gradients."""
-    index = None if rows.index is None else torch.tensor(rows.index, device=tensor.device)
-    values = tensor if index is None else tensor[index]
+    places = None if rows.index is None else index(rows.index, tensor.device)
+    values = tensor if places is None else tensor[places]
     turned = (p.T @ values.reshape(-1, p.shape[0], values[0].numel())).reshape(values.shape)
-    return turned if index is None else tensor.index_copy(0, index, turned)
+    return turned if places is None else tensor.index_copy(0, places, turned)
+
+
+@dataclass(frozen=True, eq=False)
+class InputMap(Kronecker):
+    """P in training: in the working dtype, as mixed precision has it, since what follows rounds far more coarsely."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x P."""
+        pairs = zip((self.left, self.right), self.sizes, strict=True)
+        return kronecker(x, [size if factor is None else factor.to(x.dtype) for factor, size in pairs])
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..numerics.precision import tensor_cores
+from ..numerics.replay import Replayed, assign, gradients
 from .base import BlockView, Need
 from .flat_block import FlatBlock
 from .flat_maps import Form
@@ -73,12 +75,17 @@ class FlatQuant:
         """Train the block's transforms, scales and thresholds, and set them on the view."""
         if self.lt or self.ps or self.lct:
             flat = Training(view, self)
-            flat.fit()
+            with tensor_cores():
+                flat.fit()
             flat.finish()
 
 
 class Training(FlatBlock):
     """The descent of one block's parameters."""
+
+    def __init__(self, view: BlockView, settings: FlatQuant) -> None:
+        super().__init__(view, settings)
+        self._replayed = Replayed(self._step, view.device)
 
     def fit(self) -> None:
         """Train for all epochs, or until one is not sound."""
@@ -108,19 +115,41 @@ class Training(FlatBlock):
 
     def gradients(self, batches: list[int]) -> Tensor:
         """Leave the gradients of the loss, divided by its own value, in the parameters; returns that value."""
-        live = self.live(self.dtype)
+        groups = self.view.joined(batches)
+        text = [states for group in groups for states in (self.view.inputs(group, "float"), self.view.target(group))]
+        matrices = [matrix for pair in self.matrices.pairs() for matrix in pair]
+        kind = tuple(self.view.kind(group) for group in groups)
+        loss, *found = self._replayed(kind, *text, *matrices)
+        slow, fast = self.trained
+        reached = [(matrix, gradient) for matrix, gradient in zip(matrices, found, strict=False) if gradient.numel()]
+        if reached:
+            torch.autograd.backward([matrix for matrix, _ in reached], [gradient for _, gradient in reached])
+        assign(self._merged(slow, fast), found[len(matrices) :])
+        return loss
+
+    def _merged(self, slow: list[Tensor], fast: list[Tensor]) -> list[Tensor]:
+        """What is trained beside the matrices: c and thresholds."""
+        return [*slow[len(self.matrices.parameters) :], *fast]
+
+    def _step(self, kind: tuple[tuple[int, int], ...], *tensors: Tensor) -> list[Tensor]:
+        """The loss, and its gradients by matrices and all else that is trained, divided by it; empty where none.
+
+        `tensors` are hidden states and targets of every group of micro-batches, then P and P⁻ᵀ of every matrix.
+        """
+        text, matrices = tensors[: 2 * len(kind)], [x.detach().requires_grad_() for x in tensors[2 * len(kind) :]]
+        live = self.live(self.dtype, list(zip(matrices[::2], matrices[1::2], strict=True)))
         leaves = {key: value.detach().requires_grad_(value.requires_grad) for key, value in live.items()}
         total = first = torch.zeros((), device=self.view.device)
-        for place, batch in enumerate(batches):
-            error = (self.forward(batch, leaves).float() - self.view.target(batch).float()).square().mean()
+        for place, ((batch, count), hidden, target) in enumerate(zip(kind, text[::2], text[1::2], strict=True)):
+            error = count * (self.forward(batch, hidden, leaves).float() - target.float()).square().mean()
             total = total + error.detach()
             first = total.clamp_min(torch.finfo(torch.float32).tiny) if place == 0 else first
             (error / first).backward()  # type: ignore[no-untyped-call]
-        reached = [key for key in live if leaves[key].grad is not None]
-        torch.autograd.backward([live[key] for key in reached], [leaves[key].grad for key in reached])
-        gradients = [p.grad for group in self.trained for p in group if p.grad is not None]
-        torch._foreach_mul_(gradients, first / total.clamp_min(first))
-        return total / len(batches)
+        reached = {key: by for key in live if (by := leaves[key].grad) is not None}
+        wanted = [*matrices, *self._merged(*self.trained)]
+        found = gradients([live[key] for key in reached], wanted, list(reached.values()))
+        scale = first / total.clamp_min(first)
+        return [total / sum(count for _, count in kind), *(gradient * scale for gradient in found)]
 
     def _steps(self) -> Iterator[list[int]]:
         """One epoch's micro-batches, those of one step together."""

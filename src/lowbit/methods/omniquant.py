@@ -11,6 +11,7 @@ at the end, by the recipe's Round on the learned grids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..modules.linear import quantize_activation
 from ..numerics.grid import Grid, fit_range, grid_from_range, unit_range
+from ..numerics.replay import Replayed, assign, gradients
 from ..numerics.spec import Spec
 from ..numerics.ste import quantize_range
 from .base import BlockView, Need
@@ -157,33 +159,50 @@ def fit(
     every = [*learned[0], *learned[1]]
     if not every:
         return losses
+    step = Replayed(partial(_step, original, maps, clips, every, augmented), view.device)
     optimizer, good = torch.optim.AdamW(groups, weight_decay=0.0), [p.detach().clone() for p in every]
     for epoch in range(epochs):
         total = 0.0
         for map in maps:
             map.begin(epoch, epochs)
         for batch in range(view.batches):
-            loss = block_loss(original, student(original, maps, clips), batch, augmented)
-            if not bool(loss.isfinite()):
+            loss, *found = step(view.kind(batch), view.inputs(batch, "quantized"), view.target(batch))
+            value = float(loss)
+            if not math.isfinite(value):
                 _restore(every, good)
                 return losses
-            good = [p.detach().clone() for p in every]
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch._foreach_copy_(good, [p.detach() for p in every])
+            assign(every, found)
             optimizer.step()
-            total += float(loss.detach())
+            total += value
         losses.append(total / view.batches)
     if not all(bool(p.isfinite().all()) for p in every):
         _restore(every, good)
     return losses
 
 
-def block_loss(original: Draft, draft: Draft, batch: int, augmented: bool) -> Tensor:
-    """Mean squared error of the quantized block on quantized inputs; `augmented`, that to the original there too."""
-    view = original.view
-    hidden = view.inputs(batch, "quantized")
+def _step(
+    original: Draft,
+    maps: Sequence[Equivalence],
+    clips: Mapping[str, LWC],
+    every: Sequence[Tensor],
+    augmented: bool,
+    kind: tuple[int, int],
+    hidden: Tensor,
+    target: Tensor,
+) -> list[Tensor]:
+    """The loss on one micro-batch, and its gradients by everything that is trained."""
+    loss = block_loss(original, student(original, maps, clips), kind[0], hidden, target, augmented)
+    return [loss.detach(), *gradients([loss], every)]
+
+
+def block_loss(original: Draft, draft: Draft, batch: int, hidden: Tensor, target: Tensor, augmented: bool) -> Tensor:
+    """Mean squared error of the quantized block on quantized inputs; `augmented`, that to the original there too.
+
+    `batch` is a micro-batch that is called as this one.
+    """
     output = draft.run(batch, hidden)
-    loss = (output - view.target(batch).float()).square().mean()
+    loss = (output - target.float()).square().mean()
     if augmented:
         with torch.no_grad():
             same = original.exact(batch, hidden)

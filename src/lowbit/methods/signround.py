@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..graph.anatomy import Site
 from ..numerics.grid import Grid, from_units, grid_from_range, grid_range, to_levels, to_units
 from ..numerics.qtensor import QTensor
+from ..numerics.replay import Replayed, assign, gradients
 from ..numerics.spec import Spec
 from ..numerics.ste import quantize_between, shifted
 from .base import BlockView, Need
@@ -57,8 +59,9 @@ class SignRound:
         if not parts:
             return
         best, least = [part.state() for part in parts], float("inf")
+        replayed = Replayed(partial(self._step, view, parts), view.device)
         for step in range(self.iterations):
-            loss = self._gradients(view, parts)
+            loss = self._gradients(view, parts, replayed)
             if loss < least:
                 best, least = [part.state() for part in parts], loss
             left = 1 - step / self.iterations
@@ -69,21 +72,34 @@ class SignRound:
             for site, codes in part.codes(state):
                 view.set_codes(site, codes)
 
-    def _gradients(self, view: BlockView, parts: Sequence[_Rounding]) -> float:
-        """Accumulate the gradient of the mean squared error over a drawn batch; returns its loss."""
+    def _gradients(self, view: BlockView, parts: Sequence[_Rounding], replayed: Replayed) -> float:
+        """Leave the gradient of the squared error over a drawn batch in the parameters; returns the mean error."""
+        drawn, sequences = list[int](), 0
+        for batch in torch.randperm(view.batches, generator=view.generator).tolist():
+            drawn.append(batch)
+            sequences += len(view.inputs(batch, "quantized"))
+            if sequences >= self.batch:
+                break
+        groups = view.joined(drawn)
+        text = [states for group in groups for states in (view.inputs(group, "quantized"), view.target(group))]
+        loss, *found = replayed(tuple(view.kind(group) for group in groups), *text)
+        assign([parameter for part in parts for parameter in part.trained], found)
+        return float(loss) / sum(target.numel() for target in text[1::2])
+
+    def _step(
+        self, view: BlockView, parts: Sequence[_Rounding], kind: tuple[tuple[int, int], ...], *text: Tensor
+    ) -> list[Tensor]:
+        """The squared error over groups of micro-batches (their inputs and targets in turn), and its gradients."""
         rounded = [part.weight() for part in parts]
         leaves = [weight.detach().requires_grad_() for weight in rounded]
         weights = {site.name: rows for part, leaf in zip(parts, leaves, strict=True) for site, rows in part.split(leaf)}
-        sequences, total, count = 0, torch.zeros((), device=view.device), 0
-        for batch in torch.randperm(view.batches, generator=view.generator).tolist():
-            hidden, target = view.inputs(batch, "quantized"), view.target(batch)
+        total = torch.zeros((), device=view.device)
+        for (batch, _), hidden, target in zip(kind, text[::2], text[1::2], strict=True):
             loss = (view.run(batch, hidden, weights).float() - target.float()).square().sum()
             loss.backward()  # type: ignore[no-untyped-call]
-            total, count, sequences = total + loss.detach(), count + target.numel(), sequences + len(hidden)
-            if sequences >= self.batch:
-                break
-        torch.autograd.backward(rounded, [leaf.grad for leaf in leaves])
-        return float(total) / count
+            total = total + loss.detach()
+        trained = [parameter for part in parts for parameter in part.trained]
+        return [total, *gradients(rounded, trained, [leaf.grad for leaf in leaves if leaf.grad is not None])]
 
 
 def _alike(view: BlockView) -> Iterator[tuple[Site, ...]]:
@@ -116,6 +132,11 @@ class _Rounding:
         self.offset = torch.zeros_like(self.latent, requires_grad=True)
         self.bottom = torch.ones_like(self.low, requires_grad=True)
         self.top = torch.ones_like(self.high, requires_grad=True)
+
+    @property
+    def trained(self) -> tuple[Tensor, Tensor, Tensor]:
+        """V, α and β."""
+        return self.offset, self.bottom, self.top
 
     def split(self, matrix: Tensor) -> Iterator[tuple[Site, Tensor]]:
         """Every site with its rows of a matrix like W."""

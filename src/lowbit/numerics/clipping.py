@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .grid import from_units, to_levels, to_units, unit_range
-from .spec import Int, Spec
+from . import fused
+from .grid import from_units, to_units, unit_range
+from .spec import Spec
 from .ste import _grid, quantize_between
 
 
@@ -54,59 +55,39 @@ class _Clipped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, spec: Spec, clamp: bool, dtype: torch.dtype) -> Tensor:
-        units = to_units(x, spec.block).squeeze(-3).float()
-        bottom, at_bottom = units.min(-1)
-        top, at_top = units.max(-1)
+        units = to_units(x, spec.block).squeeze(-3)
+        bottom, top, at_bottom, at_top = fused.extremes(units)
         if clamp:
             bottom, top = bottom.clamp_max(0), top.clamp_min(0)
         ends = _scaled(bottom, top, low, high)
         scale, zero = _grid(*ends, spec, None)
-        y = _clamp(units, ends, clamp, scale)
-        quantized = to_levels(y, spec.number, None if zero is None else zero[..., None]).mul_(scale[..., None])
         ctx.save_for_backward(x, low, high, bottom, top, at_bottom, at_top, scale, zero)
         ctx.spec, ctx.clamp = spec, clamp
-        return quantized.reshape(x.shape).to(dtype)
+        return fused.rounded(units, scale, zero, spec.number, ends if clamp else None, dtype).reshape(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, low, high, bottom, top, at_bottom, at_top, scale, zero = ctx.saved_tensors
-        number, by_x = ctx.spec.number, ctx.needs_input_grad[0]
-        units = to_units(x, ctx.spec.block).squeeze(-3).float()
-        gradient = gradient.reshape(units.shape).float()
+        units = to_units(x, ctx.spec.block).squeeze(-3)
         ends = [part.detach().requires_grad_() for part in _scaled(bottom, top, low, high)]
-        y = _clamp(units, (ends[0].detach(), ends[1].detach()), ctx.clamp, scale)
-        levels = to_levels(y, number, None if zero is None else zero[..., None])
-        inside = y.round() == levels if isinstance(number, Int) else y.abs() <= number.largest
-        through = gradient * inside
-        by_grid = [(gradient * levels).sum(-1) - through.mul(y).sum(-1)]
-        if zero is not None:
-            by_grid.append((through - gradient).sum(-1) * scale)
+        limits = (ends[0].detach(), ends[1].detach()) if ctx.clamp else None
+        found = fused.gradients(gradient.reshape(units.shape), units, scale, zero, ctx.spec.number, limits)
         with torch.enable_grad():
             grid = [part for part in _grid(ends[0], ends[1], ctx.spec, None) if part is not None]
+        by_grid = [part for part in (found.by_scale, found.by_zero) if part is not None]
         pairs = [(part, grad) for part, grad in zip(grid, by_grid, strict=True) if part.requires_grad]
         by_low, by_high = torch.autograd.grad([p for p, _ in pairs], ends, [g for _, g in pairs], allow_unused=True)
-        by_low = torch.zeros_like(bottom) if by_low is None else by_low
-        by_high = torch.zeros_like(top) if by_high is None else by_high
-        if ctx.clamp:
-            below, above = units < ends[0].detach()[..., None], units > ends[1].detach()[..., None]
-            by_low, by_high = by_low + (through * below).sum(-1), by_high + (through * above).sum(-1)
-            through = through.masked_fill_(below.logical_or_(above), 0)
-        if by_x:
+        by_low = found.below if by_low is None else by_low + found.below
+        by_high = found.above if by_high is None else by_high + found.above
+        if ctx.needs_input_grad[0]:
             by_bottom, by_top = by_low * low, by_high * high
             if ctx.clamp:
                 by_bottom, by_top = by_bottom * (bottom < 0), by_top * (top > 0)
-            through.scatter_add_(-1, at_bottom[..., None], by_bottom[..., None])
-            through.scatter_add_(-1, at_top[..., None], by_top[..., None])
+            found.by_value.scatter_add_(-1, at_bottom[..., None], by_bottom[..., None].to(x.dtype))
+            found.by_value.scatter_add_(-1, at_top[..., None], by_top[..., None].to(x.dtype))
         return (
-            through.reshape(x.shape).to(x.dtype) if by_x else None,
+            found.by_value.reshape(x.shape) if ctx.needs_input_grad[0] else None,
             (by_low * bottom).sum_to_size(low.shape) if ctx.needs_input_grad[1] else None,
             (by_high * top).sum_to_size(high.shape) if ctx.needs_input_grad[2] else None,
             *(None, None, None),
         )
-
-
-def _clamp(units: Tensor, ends: tuple[Tensor, Tensor], clamp: bool, scale: Tensor) -> Tensor:
-    """Units [R, G, c] in steps of the grid."""
-    if not clamp:
-        return units / scale[..., None]
-    return units.clamp(ends[0][..., None], ends[1][..., None]).div_(scale[..., None])

@@ -160,9 +160,14 @@ def kronecker(x: Tensor, factors: Sequence[Factor]) -> Tensor:
         size = factor if isinstance(factor, int) else factor.shape[0]
         after //= size
         if not isinstance(factor, int):
-            x = x.reshape(-1, size) @ factor if after == 1 else factor.T @ x.reshape(-1, size, after)
+            x = x.reshape(-1, size) @ factor if after == 1 else _from_left(factor, x.reshape(-1, size, after))
     assert after == 1, "the factors' sizes must multiply to the number of features"
     return x.reshape(shape)
+
+
+def _from_left(factor: Tensor, x: Tensor) -> Tensor:
+    """factorᵀ X for every matrix X [n, m] of a batch; written so that a GPU need not transpose what it multiplies."""
+    return torch.bmm(factor.T.expand(len(x), -1, -1), x) if x.is_cuda else factor.T @ x
 
 
 @lru_cache(maxsize=64)

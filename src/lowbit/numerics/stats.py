@@ -7,29 +7,13 @@ exactly, so a block need not be replayed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from .precision import bf16_units
+
 _TILE = 512
 """Columns of a Gram tile. Only tiles on and above the diagonal are computed, 5/8 of the work at four tiles a side."""
-
-
-@contextmanager
-def _bf16_hardware(x: Tensor) -> Iterator[None]:
-    """Let the CPU's bf16 units multiply widened bf16 values: products stay exact and sums fp32."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or matmul is None:
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 class Gram:
@@ -44,7 +28,7 @@ class Gram:
         width = x.shape[-1]
         if self._sum is None:
             self._sum = torch.zeros(width, width, device=x.device)
-        with _bf16_hardware(x):
+        with bf16_units(x):
             x = x.float()
             for a in range(0, width, _TILE):
                 self._sum[a : a + _TILE, a:].addmm_(x[:, a : a + _TILE].T, x[:, a:])

@@ -70,6 +70,10 @@ class Calls:
         output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def alike(self, index: int, a: int, b: int) -> bool:
+        """Whether the block takes the same arguments for two micro-batches, none of which has a row per sequence."""
+        return _broadcasts(self.by_block[index][a], self.by_block[index][b])
+
 
 @torch.no_grad()
 def run_prologue(
@@ -146,6 +150,17 @@ def _shared(new: Any, known: Any) -> Any:
     if isinstance(new, dict):
         return {key: _shared(value, known.get(key) if isinstance(known, dict) else None) for key, value in new.items()}
     return new
+
+
+def _broadcasts(a: Any, b: Any) -> bool:
+    """Whether two trees of arguments are one, and stay right for more sequences than they were made for."""
+    if isinstance(a, Tensor):
+        return a is b and (a.ndim < 2 or a.shape[0] == 1)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_broadcasts, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_broadcasts(a[key], b[key]) for key in a)
+    return a is b or (isinstance(a, bool | int | float | str) and a == b)
 
 
 def _share_between_blocks(calls: Calls) -> None:

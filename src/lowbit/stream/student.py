@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..graph.anatomy import Edge, Norm, Site, Tap
-from ..methods.base import Fold, Quantizer, Stats
+from ..methods.base import Batch, Fold, Quantizer, Stats
 from ..modules.attention import attach, detach
 from ..modules.linear import quantize_activation
 from ..numerics.grid import Grid
 from ..numerics.kv import KV
 from ..numerics.maps import Map
 from ..numerics.qtensor import QAttention, QLayer, QTensor, QWeight
+from .hidden import HiddenStates
 from .work import BlockWork
 
 if TYPE_CHECKING:
@@ -45,7 +46,10 @@ class Student:
         self.moved = False
         """Whether maps, folds or other weights changed what the linears see."""
         self.maps: Mapping[str, Map] = work.maps
+        self.joins = work.device.type != "cpu"
+        """Whether micro-batches are joined: a CPU is busy with one, and memory is what is short there."""
         self._work, self._text = work, text
+        self._kinds: dict[int, int] = {}
         self._quantizers = {site.name: self._scheme_quantizer(site) for site in work.anatomy.sites}
         work.widen()
         named = work.block.named_parameters()
@@ -65,16 +69,39 @@ class Student:
         """What a file would hold of this value of a parameter, in fp32."""
         return value.to(self._work.tensors[name].dtype).float()
 
-    def inputs(self, batch: int, stream: Literal["float", "quantized"]) -> Tensor:
-        """The block's input hidden states [b, T, D] for one micro-batch, in the working dtype."""
+    def joined(self, batches: Sequence[int]) -> list[Batch]:
+        """The micro-batches in as few calls of the block as may be: a GPU is fed with all that are called alike."""
+        groups: list[tuple[int, ...]] = []
+        for batch in batches:
+            if self.joins and groups and self._text.alike(groups[-1][0], batch):
+                groups[-1] = (*groups[-1], batch)
+            else:
+                groups.append((batch,))
+        return [group[0] if len(group) == 1 else group for group in groups]
+
+    def kind(self, batch: Batch) -> tuple[int, int]:
+        """(the first micro-batch that is called like this one, how many are run at once)."""
+        first, count = (batch, 1) if isinstance(batch, int) else (batch[0], len(batch))
+        if first not in self._kinds:
+            alike = (known for known in self._kinds.values() if self._text.alike(known, first))
+            self._kinds[first] = next(alike, first)
+        return self._kinds[first], count
+
+    def inputs(self, batch: Batch, stream: Literal["float", "quantized"]) -> Tensor:
+        """The block's input hidden states [b, T, D] for one micro-batch, or some, in the working dtype."""
         states = self._text.inputs if stream == "quantized" else self._text.clean
         assert states is not None, "the float stream exists wherever a trained method does"
-        return states[batch].to(self.device)
+        return self._stacked(states, batch)
 
-    def target(self, batch: int) -> Tensor:
-        """The original block's output for the micro-batch of the float stream, [b, T, D]."""
+    def target(self, batch: Batch) -> Tensor:
+        """The original block's output for the micro-batch, or some, of the float stream, [b, T, D]."""
         assert self._text.targets is not None, "targets exist wherever a trained method does"
-        return self._text.targets[batch].to(self.device)
+        return self._stacked(self._text.targets, batch)
+
+    def _stacked(self, states: HiddenStates, batch: Batch) -> Tensor:
+        if isinstance(batch, int):
+            return states[batch].to(self.device)
+        return torch.cat([states[each].to(self.device) for each in batch])
 
     def start(self, site: Site) -> QTensor:
         """The codes that Round chose."""
@@ -84,7 +111,7 @@ class Student:
 
     def run(
         self,
-        batch: int,
+        batch: Batch,
         hidden: Tensor,
         weights: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor] | None = None,
@@ -110,7 +137,8 @@ class Student:
                 module = self._work.block.get_submodule(self.anatomy.attention)
                 attach(module, attention.kv, attention.key_map, attention.clips, attention.affine)
                 stack.callback(detach, module)
-            return self._text.call(_Substituted(self._work.block, values), batch, hidden)
+            one = batch if isinstance(batch, int) else batch[0]  # those that are joined are called alike
+            return self._text.call(_Substituted(self._work.block, values), one, hidden)
 
     @torch.no_grad()
     def key_width(self) -> int:

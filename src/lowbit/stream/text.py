@@ -28,6 +28,8 @@ class Text:
     targets: HiddenStates | None = None
     onward: bool = True
     """Whether another block follows, which wants this one's outputs for inputs."""
+    alike: Callable[[int, int], bool] = lambda _a, _b: False
+    """Whether two micro-batches may be stacked and sent through the block in one call."""
     budget: int = 0
     """Bytes that may be kept in memory between the passes of a sequential Round."""
 
