@@ -56,6 +56,9 @@ def test_every_parameter_is_what_transformers_loads(save: Models, family: str, s
     names = checkpoint.names()
     assert set(names) == set(skeleton.state_dict())
     for name, tensor in checkpoint.read(names).items():
+        if name.endswith(".mlp.gate.weight"):  # transformers 5.24 widens routers to fp32, which changes no value
+            assert torch.equal(tensor.float(), expected(name, loaded, family == "gpt-oss").float()), name
+            continue
         assert same_bits(tensor, expected(name, loaded, family == "gpt-oss")), name
     assert checkpoint.unexpected == ()
     assert checkpoint.size_bytes == sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -272,7 +272,7 @@ class Chain:
     def __init__(self) -> None:
         self.steps: list[tuple[int, int | None]] = []
 
-    def __call__(self, ids: Tensor, *, past_key_values: int | None, use_cache: bool) -> Any:
+    def __call__(self, ids: Tensor, *, past_key_values: int | None = None, use_cache: bool) -> Any:
         assert use_cache
         self.steps.append((ids.shape[1], past_key_values))
         logits = torch.full((*ids.shape, WORDS + 2), -torch.inf)
@@ -310,7 +310,7 @@ def test_generated_rows_continue_each_other_as_without_a_cache(tmp_path: Path) -
     class Uncached:
         device = torch.device("cpu")
 
-        def __call__(self, ids: Tensor, *, past_key_values: Tensor | None, use_cache: bool) -> Any:
+        def __call__(self, ids: Tensor, *, past_key_values: Tensor | None = None, use_cache: bool) -> Any:
             whole = ids if past_key_values is None else torch.cat([past_key_values, ids], 1)
             return SimpleNamespace(logits=model(whole, use_cache=False).logits, past_key_values=whole)
 

@@ -24,7 +24,7 @@ from lowbit.modules.attend import (
     replace_products,
     restore_products,
 )
-from lowbit.modules.attention import LayerKV, attach, attached, attention_modules, detach
+from lowbit.modules.attention import LayerKV, as_cache, attach, attached, attention_modules, detach
 from lowbit.numerics.kv import KV, Quantizer, decode, encode, fake_quantize, fit, kivi
 from lowbit.numerics.maps import Hadamard, Kronecker, Map
 from lowbit.runtime.cache import QuantizedLayer, quantized_cache, stored_bytes
@@ -426,7 +426,7 @@ def logits(model: PreTrainedModel, x: Tensor, **options: Any) -> Tensor:
 
 @torch.no_grad()
 def decoded(model: PreTrainedModel, x: Tensor, cache: Any) -> Tensor:
-    steps = [model(x[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(x.shape[1])]
+    steps = [model(x[:, i : i + 1], **as_cache(model, cache), use_cache=True).logits for i in range(x.shape[1])]
     return torch.cat(steps, 1)
 
 
@@ -441,10 +441,10 @@ def test_no_cache_a_cache_and_decoding_agree(name: str, kv: KV) -> None:
     model, x = quantized(name, kv), tokens(2, 9)
     plain = logits(model, x)
     assert not close(plain, logits(double(name), x))
-    assert torch.equal(plain, logits(model, x, past_key_values=quantized_cache(model), use_cache=True))
-    assert torch.equal(plain, logits(model, x, past_key_values=DynamicCache(config=model.config), use_cache=True))
+    assert torch.equal(plain, logits(model, x, **as_cache(model, quantized_cache(model)), use_cache=True))
+    assert torch.equal(plain, logits(model, x, **as_cache(model, DynamicCache(config=model.config)), use_cache=True))
     cache = quantized_cache(model)
-    logits(model, x[:, :4], past_key_values=cache, use_cache=True)
+    logits(model, x[:, :4], **as_cache(model, cache), use_cache=True)
     cache.reset()
     assert close(decoded(model, x, cache), plain)
 
@@ -455,7 +455,7 @@ def test_sixteen_bits_are_left_alone(name: str) -> None:
     plain = logits(double(name), x)
     model = quantized(name, KV(), key_map=Hadamard(16))
     assert torch.equal(logits(model, x), plain)
-    assert torch.equal(logits(model, x, past_key_values=quantized_cache(model), use_cache=True), plain)
+    assert torch.equal(logits(model, x, **as_cache(model, quantized_cache(model)), use_cache=True), plain)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -464,8 +464,8 @@ def test_kivi_reads_in_full_precision_and_decodes_in_few_bits(name: str) -> None
     exact = logits(model, x)
     assert torch.equal(exact, logits(double(name), x))
     cache = quantized_cache(model)
-    assert torch.equal(logits(model, x[:, :21], past_key_values=cache, use_cache=True), exact[:, :21])
-    assert not close(logits(model, x[:, 21:22], past_key_values=cache, use_cache=True), exact[:, 21:22])
+    assert torch.equal(logits(model, x[:, :21], **as_cache(model, cache), use_cache=True), exact[:, :21])
+    assert not close(logits(model, x[:, 21:22], **as_cache(model, cache), use_cache=True), exact[:, 21:22])
     wide = quantized(name, kivi(2, 2, group=4, residual=32))
     assert close(decoded(wide, x, quantized_cache(wide)), exact)
 
@@ -490,9 +490,9 @@ def test_kivi_can_be_scored_as_it_decodes(name: str, key_map: Map | None) -> Non
 def test_kivi_refuses_to_decode_through_another_cache() -> None:
     model, x = quantized("llama", SMALL_KIVI), tokens()
     cache = DynamicCache(config=model.config)
-    logits(model, x, past_key_values=cache, use_cache=True)
+    logits(model, x, **as_cache(model, cache), use_cache=True)
     with pytest.raises(ValueError, match="own cache only"):
-        logits(model, x[:, :1], past_key_values=cache, use_cache=True)
+        logits(model, x[:, :1], **as_cache(model, cache), use_cache=True)
     with pytest.raises(ValueError, match="attach it first"):
         decode_kivi(attentions(quantized("llama", KV(4, 4)))[0])
 
@@ -500,7 +500,7 @@ def test_kivi_refuses_to_decode_through_another_cache() -> None:
 def test_stored_are_the_heads_before_repetition_and_codes_only() -> None:
     model, x = quantized("llama", KV(4, 4)), tokens(2, 12)
     cache = quantized_cache(model)
-    logits(model, x, past_key_values=cache, use_cache=True)
+    logits(model, x, **as_cache(model, cache), use_cache=True)
     encoded = cache.layers[0].stores[0].encoded
     assert encoded.codes.shape == (2, 2, 12, 8)  # two of four heads, sixteen 4-bit codes
     elements = 2 * 2 * 2 * 2 * 12 * 16
@@ -510,7 +510,7 @@ def test_stored_are_the_heads_before_repetition_and_codes_only() -> None:
 def test_latents_are_quantized_where_latents_are_cached() -> None:
     model = quantized("deepseek_v3", KV(4, 4))
     cache = quantized_cache(model)
-    logits(model, tokens(), past_key_values=cache, use_cache=True)
+    logits(model, tokens(), **as_cache(model, cache), use_cache=True)
     widths = [store.read().shape[-1] for store in cache.layers[0].stores]
     assert widths == [model.config.kv_lora_rank, model.config.qk_rope_head_dim]
 
@@ -532,11 +532,11 @@ def test_later_tokens_change_nothing_before_them() -> None:
 def test_greedy_generation_is_a_loop_over_steps(name: str, kv: KV) -> None:
     model, x = quantized(name, kv), tokens(2, 11)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    found = model.generate(x, past_key_values=quantized_cache(model), **options)
+    found = model.generate(x, **as_cache(model, quantized_cache(model)), **options)
     cache, text = quantized_cache(model), x
     new = x
     for _ in range(12):
-        new = model(new, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        new = model(new, **as_cache(model, cache), use_cache=True).logits[:, -1:].argmax(-1)
         text = torch.cat([text, new], 1)
     assert torch.equal(found, text)
 
@@ -546,7 +546,7 @@ def test_beam_search_finds_what_transformers_own_cache_finds() -> None:
     model, x = quantized("llama", KV(3, 3)), tokens(2, 7)
     options = {"max_new_tokens": 10, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     assert torch.equal(
-        model.generate(x, past_key_values=quantized_cache(model), **options), model.generate(x, **options)
+        model.generate(x, **as_cache(model, quantized_cache(model)), **options), model.generate(x, **options)
     )
 
 
@@ -556,7 +556,7 @@ def test_padding_on_the_left_is_masked_as_ever() -> None:
     mask = torch.tensor([[0] * 3 + [1] * 9])
     positions = torch.tensor([[0] * 3 + list(range(9))])
     options = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-    found = logits(model, padded, past_key_values=quantized_cache(model), **options)
+    found = logits(model, padded, **as_cache(model, quantized_cache(model)), **options)
     assert close(found[:, 3:], logits(model, x))
 
 
@@ -576,7 +576,7 @@ def test_a_key_map_changes_nothing_but_the_error() -> None:
         without = logits(quantized("llama", KV(3, None)), x)
         assert not close(logits(coarse, x), without)
         assert torch.equal(
-            logits(coarse, x), logits(coarse, x, past_key_values=quantized_cache(coarse), use_cache=True)
+            logits(coarse, x), logits(coarse, x, **as_cache(coarse, quantized_cache(coarse)), use_cache=True)
         )
         assert close(logits(coarse, x), decoded(coarse, x, quantized_cache(coarse)))
 
@@ -609,7 +609,7 @@ def test_clips_reach_attention_and_cache_alike() -> None:
     x, clips = tokens(), torch.tensor([[0.8, 0.9], [0.7, 0.95]])
     model = quantized("llama", KV(4, 4), clips=clips)
     assert not close(logits(model, x), logits(quantized("llama", KV(4, 4)), x))
-    assert torch.equal(logits(model, x), logits(model, x, past_key_values=quantized_cache(model), use_cache=True))
+    assert torch.equal(logits(model, x), logits(model, x, **as_cache(model, quantized_cache(model)), use_cache=True))
     values = heads()
     expected = fake_quantize(values, Quantizer(4), clip=clips[1])
     assert torch.equal(LayerKV(KV(4, 4), clips=clips).fake(values, 1), expected)
@@ -653,7 +653,7 @@ def test_static_ranges_are_those_of_calibration(layout: Any) -> None:
         assert (layer.fake(100 * both, side) - high.reshape(1, -1, 1, 1)).max() < 0.01  # what lies beyond saturates
     frozen = logits(model, x)
     assert not close(frozen, exact)
-    assert torch.equal(frozen, logits(model, x, past_key_values=quantized_cache(model), use_cache=True))
+    assert torch.equal(frozen, logits(model, x, **as_cache(model, quantized_cache(model)), use_cache=True))
     cache = quantized_cache(model)
     assert close(frozen, decoded(model, x, cache))
     elements = 2 * 2 * 2 * 12 * 16
@@ -703,7 +703,7 @@ def test_only_attention_can_be_attached_to() -> None:
 def test_a_cache_needs_no_attached_model() -> None:
     model, x = build("llama").double(), tokens()
     expected = logits(quantized("llama", KV(4, 2)), x)
-    assert torch.equal(logits(model, x, past_key_values=quantized_cache(model, KV(4, 2)), use_cache=True), expected)
+    assert torch.equal(logits(model, x, **as_cache(model, quantized_cache(model, KV(4, 2))), use_cache=True), expected)
     with pytest.raises(ValueError, match="2 layers, and 1"):
         quantized_cache(model, [LayerKV(KV(4, 4))])
 

@@ -12,7 +12,7 @@ import lowbit
 from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
 from lowbit.methods.scheme import Scheme
-from lowbit.modules.attention import attach, attached, attention_modules
+from lowbit.modules.attention import as_cache, attach, attached, attention_modules
 from lowbit.numerics.kv import KV, kivi
 from lowbit.recipes import from_dict, parse, to_dict
 from lowbit.runtime.cache import quantized_cache
@@ -66,7 +66,7 @@ def test_decoding_equals_prefill_and_generate_uses_codes(model: Path, tmp_path: 
     with torch.no_grad():
         whole = ours(IDS, use_cache=False).logits
         cache = quantized_cache(ours)
-        steps = [ours(IDS[:, t : t + 1], past_key_values=cache).logits for t in range(IDS.shape[1])]
+        steps = [ours(IDS[:, t : t + 1], **as_cache(ours, cache)).logits for t in range(IDS.shape[1])]
     assert torch.allclose(torch.cat(steps, 1), whole, atol=1e-4)
     assert lowbit.generate(tmp_path / "out", "w1 w2 w3", tokens=6, device="cpu")
 

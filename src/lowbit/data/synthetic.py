@@ -41,10 +41,12 @@ def generated_rows(model: Any, tokenizer: Tokenizer, samples: int, length: int, 
         first = torch.cat([torch.full_like(first, tokenizer.bos_token_id), first], 1)
     rows: list[Tensor] = []
     for start in first.split(BATCH):
-        ids, step, cache = start, start, None
+        ids, step = start, start
+        cache: dict[str, Any] = {}
         while ids.shape[1] < length:
-            output = model(step.to(model.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(step.to(model.device), **cache, use_cache=True)
+            name = "cache" if getattr(output, "cache", None) is not None else "past_key_values"  # before 5.24
+            cache = {name: getattr(output, name)}
             step = torch.multinomial(output.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator)
             ids = torch.cat([ids, step], 1)
         rows.extend(ids)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ..numerics.kv import KV, Affine, Encoded, Quantizer, decode, encode, fake_quantize, fit
 from ..numerics.maps import Map
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-"""What attention modules call their cache."""
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What models and attention modules call their cache; transformers 5.24 renamed it."""
 _ATTACHED, _HANDLE = "lowbit_kv", "lowbit_kv_hook"
 
 
@@ -132,7 +132,7 @@ class _Through:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self._layer.kv.layout == "channel" and self._cache is not None and self._cache.get_seq_length(*args[:1]):
-            raise ValueError("KIVI decodes with its own cache only: pass past_key_values=quantized_cache(model)")
+            raise ValueError("KIVI decodes with its own cache only: pass quantized_cache(model)")
         keys, values = self._layer.fake(keys, 0), self._layer.fake(values, 1)
         return (keys, values) if self._cache is None else self._cache.update(keys, values, *args, **kwargs)
 
@@ -147,6 +147,13 @@ def cache_argument(module: nn.Module) -> tuple[str, int] | None:
     """
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return next(((name, names.index(name)) for name in CACHE_ARGUMENTS if name in names), None)
+
+
+def as_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword argument by which a model, or its `generate`, is called with a cache."""
+    found = cache_argument(module)
+    assert found is not None, "a decoder takes a cache"
+    return {found[0]: cache}
 
 
 def attention_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -166,11 +173,13 @@ def _quantizes(cache: Any, module: nn.Module) -> bool:
 
 def _put_stand_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     name, index = cache_argument(module) or ("", 0)
-    given = args[index] if len(args) > index else kwargs.get(name)
+    kwargs = dict(kwargs)
+    named = [kwargs.pop(other) for other in CACHE_ARGUMENTS if other in kwargs]
+    given = args[index] if len(args) > index else next((cache for cache in named if cache is not None), None)
     layer: LayerKV = getattr(module, _ATTACHED)
     layer.cached = _quantizes(given, module)
     if layer.cached:
-        return None
+        return (args, kwargs) if len(args) > index else (args, kwargs | {name: given})
     through = _Through(layer, given)
     if len(args) > index:
         return (*args[:index], through, *args[index + 1 :]), kwargs

@@ -1,4 +1,4 @@
-"""A key-value cache that holds codes, for `generate(past_key_values=…)` and plain forwards of any model.
+"""A key-value cache that holds codes, for `generate` and plain forwards of any model.
 
 A token is quantized once, when it comes, and its codes are never touched again: re-quantizing a growing cache would
 drift. Attention gets a dequantized copy that lives as long as the call. transformers' `Cache` is a list of layers, so
@@ -211,7 +211,7 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
 def quantized_cache(
     model: PreTrainedModel, layers: KV | Sequence[LayerKV] | None = None, *, newest_exact: bool = False
 ) -> Cache:
-    """An empty cache for `model(past_key_values=…)` and `model.generate(past_key_values=…)`.
+    """An empty cache for `model(cache=…)` and `model.generate(cache=…)` (`past_key_values=…` before transformers 5.24).
 
     Args:
         layers: one format for all layers, or the quantizers of each. None takes what `modules.attention.attach` put on
