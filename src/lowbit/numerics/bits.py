@@ -37,6 +37,25 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed.reshape(*codes.shape[:-1], packed_length(length, bits))
 
 
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes [..., n] as int32 [..., W], W = ceil(n bits/32): one little-endian bit stream per row.
+
+    A width that does not divide 32 lets codes straddle words: 32 codes of 3 bits make exactly three of them.
+    """
+    words = -(-codes.shape[-1] * bits // 32)
+    packed = pack(codes.contiguous(), bits)
+    filled = torch.nn.functional.pad(packed, (0, 4 * words - packed.shape[-1]))
+    # a lone row may have any stride, which its bytes cannot be viewed through
+    return filled.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], words)
+
+
+def from_words(words: Tensor, bits: int, length: int) -> Tensor:
+    """The inverse of `to_words`: uint8 [..., length]."""
+    packed = words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], 4 * words.shape[-1])
+    size = packed_length(length, bits)
+    return unpack(torch.nn.functional.pad(packed, (0, size - packed.shape[-1])), bits, length, signed=False)
+
+
 def unpack(packed: Tensor, bits: int, length: int, *, signed: bool) -> Tensor:
     """The inverse of `pack`: codes [..., length], int8 when signed, else uint8."""
     dtype = torch.int8 if signed else torch.uint8
