@@ -30,7 +30,7 @@ from lowbit.methods.scheme import Override, Scheme
 from lowbit.methods.signround import SignRound
 from lowbit.methods.smoothquant import SmoothQuant
 from lowbit.numerics.kv import KV
-from lowbit.numerics.spec import NF4, PLAIN, Float, Int, Number, Rule, ScaleDtype, Spec
+from lowbit.numerics.spec import MINIMA, NF4, PLAIN, Float, Int, Number, Rule, ScaleDtype, Spec
 from lowbit.recipes import (
     NAMED,
     Calibration,
@@ -66,7 +66,7 @@ def weights(bits: int, group: int = -1, rule: Rule = "symmetric", scale: ScaleDt
 
 def test_registry() -> None:
     assert {*TRANSFORMS} == {"quarot", "spinquant", "smoothquant", "awq", "osplus"}
-    assert {*CLIPS} == {"minmax", "mse", "awqclip"}
+    assert {*CLIPS} == {"minmax", "mse", "awqclip", "imatrix"}
     assert {*ROUNDS} == {"rtn", "gptq", "gptaq"}
     before = {name for name, kind in RECONSTRUCTS.items() if not kind.after}
     assert before == {"omniquant", "affinequant", "flatquant"}
@@ -171,16 +171,16 @@ def test_names_mean_these_objects(name: str) -> None:
 
 
 KNOWN = (
-    "(known: quarot, spinquant, smoothquant, awq, osplus, minmax, mse, awqclip, flatquant, omniquant, affinequant, "
-    "rtn, gptq, gptaq, signround, tesseraq, lkd, zqglobal, zqlocal, lorc)"
+    "(known: quarot, spinquant, smoothquant, awq, osplus, minmax, mse, awqclip, imatrix, flatquant, omniquant, "
+    "affinequant, rtn, gptq, gptaq, signround, tesseraq, lkd, zqglobal, zqlocal, lorc)"
 )
 ORDER = (
     "transforms come first, then the clip, what is trained before rounding, rounding, what is trained after it, "
     "corrections: "
 )
 START = (
-    "a scheme begins with w1 to w8, w16, wfp8, wfp6, wfp4, fp8, nf4, nvfp4, mxfp4, mxfp6, mxfp8 or mxint8"
-    " in this version"
+    "a scheme begins with w1 to w8, w16, wfp8, wfp6, wfp4, fp8, nf4, q2k, q3k, q4k, q5k, q6k, nvfp4, mxfp4, mxfp6, "
+    "mxfp8 or mxint8 in this version"
 )
 AFTER = "this version knows a2 to a8, a16, afp8, afp6, afp4, anvfp4, amxfp4, amxfp6, amxfp8 or amxint8 there"
 OPTIONS = "(known: -gGROUP, -kvgGROUP, -kivi, -asym, -pow2, -m2, -double, -row, -static)"
@@ -278,7 +278,7 @@ def test_documents_round_trip() -> None:
 
 
 RULES: tuple[Rule, ...] = get_args(Rule)
-SCALES: tuple[ScaleDtype, ...] = get_args(ScaleDtype)
+SCALES: tuple[ScaleDtype, ...] = tuple(scale for scale in get_args(ScaleDtype) if scale not in MINIMA)
 
 
 def specs() -> Iterator[tuple[Spec, Spec]]:
@@ -405,7 +405,7 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     (
         {"scheme": {"weights": {"format": "int4", "scale": "fp32"}}},
         "scheme.weights.scale: unknown scale type 'fp32' (known: half, float32, bfloat16, float16, e8m0, e8m0-rceil, "
-        "e8m0-ceil, e8m0-even, e4m3, m2, m2-ceil, double)",
+        "e8m0-ceil, e8m0-even, e4m3, m2, m2-ceil, double, float16-min, kquant)",
     ),
     (
         {"scheme": {"weights": {"format": "fp8-e4m3", "rule": "symmetric"}}},

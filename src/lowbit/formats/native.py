@@ -2,6 +2,7 @@
 
 A quantized weight called `name` is stored as `name.codes` (rows packed without gaps), `name.scale` (in storage dtype),
 where scales are relative to something `name.outer`, where the rule has zero-points `name.zero` (packed as one stream),
+where least values are stored `name.offset`,
 and where groups follow another column order `name.order`; a low-rank correction lies under `name.low_rank`, a 16-bit
 part is `name.dense`, an online map of the inputs lies under `name.input_map`. The header's "lowbit" entry lists the
 formats in use once and says for every weight which one it has, so a shard can be read back alone. `pack` and `unpack`
@@ -22,17 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import bits
+from ..numerics import bits, kquant
 from ..numerics.grid import Grid
 from ..numerics.kv import KV, Affine
 from ..numerics.maps import Map, map_from
 from ..numerics.qtensor import LowRank, QAttention, QLayer, QTensor, QWeight
 from ..numerics.scales import scale_codes, scale_values
 from ..numerics.spec import Codebook, Float, Int, Number, Spec
-from .files import shard_header
+from .files import shard_header, write_json
 
 VERSION = 1
 """Version of the layout and of the numerics behind it: a file of another version is refused, never misread."""
+
+METHOD = "lowbit"
+"""What config.json calls the way in which weights are stored."""
 
 _SIDES = ("left", "right")
 """The factors of a low-rank correction."""
@@ -107,17 +111,36 @@ def _pack_layer(name: str, layer: QLayer) -> dict[str, Tensor]:
 
 
 def _pack_part(prefix: str, part: QTensor) -> dict[str, Tensor]:
-    spec, outer = part.grid.spec, part.grid.outer
+    spec = part.grid.spec
     tensors = {
         f"{prefix}.codes": bits.pack(part.codes, spec.bits),
-        f"{prefix}.scale": scale_codes(part.grid.scale, spec.scale, outer),
+        **{f"{prefix}.{key}": tensor for key, tensor in _pack_scales(part.grid).items()},
     }
-    if outer is not None:
-        tensors[f"{prefix}.outer"] = outer
     if part.grid.zero is not None:
         tensors[f"{prefix}.zero"] = _pack_zero(part.grid.zero, spec)
     if part.order is not None:
         tensors[f"{prefix}.order"] = part.order.to(torch.int32)
+    return tensors
+
+
+def _pack_scales(grid: Grid) -> dict[str, Tensor]:
+    """Scales, what they are relative to, and least values, as the spec stores them."""
+    spec, outer = grid.spec, grid.outer
+    if spec.scale == "kquant":
+        assert outer is not None
+        width = kquant.layout(spec).bits
+        tensors = {
+            "scale": bits.pack(kquant.to_scale_codes(grid.scale, outer, spec), width),
+            "outer": outer.half(),
+        }
+        if grid.offset is not None:
+            tensors["offset"] = bits.pack(kquant.to_offset_codes(grid.offset, outer, spec), width)
+        return tensors
+    tensors = {"scale": scale_codes(grid.scale, spec.scale, outer)}
+    if outer is not None:
+        tensors["outer"] = outer
+    if grid.offset is not None:
+        tensors["offset"] = grid.offset.half()
     return tensors
 
 
@@ -236,15 +259,43 @@ def _pack_zero(zero: Tensor, spec: Spec) -> Tensor:
 def _unpack_part(prefix: str, spec: Spec, shape: torch.Size, rest: dict[str, Tensor]) -> QTensor:
     signed = isinstance(spec.number, Int) and spec.number.signed
     codes = bits.unpack(rest.pop(f"{prefix}.codes"), spec.bits, shape[-1], signed=signed)
-    outer = rest.pop(f"{prefix}.outer", None)
-    scale = scale_values(rest.pop(f"{prefix}.scale"), spec.scale, outer)
+    scale, offset, outer = _unpack_scales(prefix, spec, shape, rest)
     zero = rest.pop(f"{prefix}.zero", None)
     if zero is not None:
         flat = zero if _unbounded(spec) else bits.unpack(zero, spec.bits, scale.numel(), signed=False)
         zero = flat.float().reshape(scale.shape)
     order = rest.pop(f"{prefix}.order", None)
-    grid = Grid(spec, scale, zero, outer)
+    grid = Grid(spec, scale, zero, outer, offset)
     return QTensor(codes, grid, None if order is None else order.long())
+
+
+def _unpack_scales(
+    prefix: str, spec: Spec, shape: torch.Size, rest: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The inverse of `_pack_scales`: (scale, offset, outer)."""
+    scale, outer, offset = (rest.pop(f"{prefix}.{key}", None) for key in ("scale", "outer", "offset"))
+    assert scale is not None
+    if spec.scale != "kquant":
+        return scale_values(scale, spec.scale, outer), None if offset is None else offset.float(), outer
+    assert outer is not None
+    form, outer = kquant.layout(spec), outer.float()
+    units = shape[-1] // form.width
+    scale = bits.unpack(scale, form.bits, units, signed=not form.minima)
+    if offset is not None:
+        offset = kquant.effective(bits.unpack(offset, form.bits, units, signed=False), outer[..., 1])
+    return kquant.effective(scale, outer[..., 0]), offset, outer
+
+
+def write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """config.json of a directory of lowbit's: the model's configuration and the mark that its weights are codes."""
+    write_json(
+        directory / "config.json", {**config, "quantization_config": {"quant_method": METHOD, "version": VERSION}}
+    )
+
+
+def owner_of(tensor: str) -> str:
+    """The linear that a tensor of a file belongs to, if it belongs to one."""
+    return _INSIDE.sub("", tensor)
 
 
 @dataclass(frozen=True)
@@ -270,8 +321,7 @@ def sizes(directory: Path) -> Sizes:
         sites = {name: site for name, site in every.items() if site["parts"]}
         weights += sum(prod(site["shape"]) for site in sites.values())
         for name, entry in header.tensors.items():
-            owner = _INSIDE.sub("", name)
-            if owner in sites and not name.endswith(".bias"):
+            if owner_of(name) in sites and not name.endswith(".bias"):
                 stored += entry.stop - entry.start
             else:
                 others += prod(entry.shape)

@@ -8,6 +8,7 @@ from .base import Clip, Correct, Reconstruct, Rotation, Round, Transform
 from .flatquant import FlatQuant
 from .gptaq import GPTAQ
 from .gptq import GPTQ
+from .imatrix import Imatrix
 from .lkd import LKD, ZQGlobal, ZQLocal
 from .lorc import LoRC
 from .mse import MSEClip
@@ -31,6 +32,7 @@ CLIPS: dict[str, type[Clip]] = {
     "minmax": MinMaxClip,
     "mse": MSEClip,
     "awqclip": AWQClip,
+    "imatrix": Imatrix,
 }
 ROUNDS: dict[str, type[Round]] = {
     "rtn": RTN,

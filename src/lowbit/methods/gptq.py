@@ -65,7 +65,7 @@ class GPTQ:
 
     def refits(self, spec: Spec) -> bool:
         """Groups of a row may be fitted when the sweep comes to them."""
-        return self.groups != "static" and spec.block[0] == 1 and spec.group != -1
+        return self.groups != "static" and spec.block[0] == 1 and spec.group != -1 and spec.scale != "kquant"
 
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest."""
@@ -79,7 +79,7 @@ class GPTQ:
             return RTN().round(weight, spec, clip, None, scores=scores)
         factor, order, dead = stats.factor(self.damp, self.act_order)
         weight = weight.masked_fill(dead, 0.0)
-        if self.groups == "static" or spec.block[0] != 1 or unit_shape(weight.shape, spec.block)[1] == weight.shape[1]:
+        if not self.refits(spec) or unit_shape(weight.shape, spec.block)[1] == weight.shape[1]:
             grid = clip.fit(weight, spec, stats, scores=scores)
             return self._sweep_static(weight, grid, factor, order, drift)
         return self._sweep_dynamic(weight, spec, partial(clip.fit, scores=scores), stats, factor, order, drift)
@@ -143,7 +143,10 @@ class _Columns:
         self.spec, self.number, self.outer = grid.spec, grid.spec.number, grid.outer
         self.group = groups
         self.scale = grid.scale.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
-        self.zero = None if grid.zero is None else grid.zero.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
+        self.zero, self.offset = (
+            None if x is None else x.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
+            for x in (grid.zero, grid.offset)
+        )
         self.levels = torch.empty(shape[1], shape[0], device=grid.scale.device)
         self.limits = torch.empty(len(self.scale), 2, shape[0], device=grid.scale.device)
         self._columns, self._scales = self.levels.unbind(), self.scale.unbind()
@@ -164,12 +167,17 @@ class _Columns:
             self.scale[group] = relative_scale(self.scale.T.contiguous(), self.spec.scale, self.outer)[:, group]
         if self.zero is not None and grid.zero is not None:
             self.zero[group] = grid.zero[:, 0]
+        if self.offset is not None and grid.offset is not None:
+            self.offset[group] = grid.offset[:, 0]
         self._limit(group)
 
     def round(self, column: int, values: Tensor) -> Tensor:
         """Nearest levels of the column's values [O]; returns what they stand for."""
         group = self.group[column]
         scale, levels = self._scales[group], self._columns[column]
+        if self.offset is not None:
+            torch.add(values, self.offset[group], out=levels).div_(scale).round_().clamp_(*self._limits[group])
+            return (levels * scale).sub_(self.offset[group])
         if isinstance(self.number, Int):
             torch.div(values, scale, out=levels).round_().clamp_(*self._limits[group])
         else:
@@ -178,8 +186,8 @@ class _Columns:
 
     def grid(self) -> Grid:
         """The grid as the sweep left it."""
-        zero = None if self.zero is None else self.zero.T.contiguous()
-        return Grid(self.spec, self.scale.T.contiguous(), zero, self.outer)
+        zero, offset = (None if x is None else x.T.contiguous() for x in (self.zero, self.offset))
+        return Grid(self.spec, self.scale.T.contiguous(), zero, self.outer, offset)
 
     def codes(self, columns: Tensor) -> Tensor:
         """Codes [O, I] in natural order; `columns` says which natural column the sweep's i-th was."""

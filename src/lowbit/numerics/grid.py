@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import kquant
 from .scales import divided, largest_exponent, store_scale, symmetric_scale
 from .spec import Codebook, Float, Int, Number, Spec
 
@@ -147,32 +148,44 @@ class Grid:
 
     `scale` and `zero` are [..., R/r, C/c] in fp32, the scale exact in its storage dtype; `zero` is None where the rule
     has no zero-point, and counts codes otherwise. `outer` is what the scales are stored relative to, where they are
-    (see `scales.py`); `scale` already contains it.
+    (see `scales.py`); `scale` already contains it. `offset`, shaped like the scale, is subtracted from s q in formats
+    that store a unit's least value beside its scale: minus that value.
     """
 
     spec: Spec
     scale: Tensor
     zero: Tensor | None = None
     outer: Tensor | None = None
+    offset: Tensor | None = None
+
+    def _shifted(self, x: Tensor) -> Tensor:
+        """Values in fp32 as units [..., R/r, r, C/c, c], counted from the least one where that is stored."""
+        units = to_units(x.float(), self.spec.block)
+        return units if self.offset is None else units + self.offset[..., :, None, :, None]
+
+    def _unshifted(self, units: Tensor) -> Tensor:
+        """Undo the shift of `_shifted` in place."""
+        return units if self.offset is None else units.sub_(self.offset[..., :, None, :, None])
 
     def _spread(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x[..., :, None, :, None]
 
     def to(self, device: torch.device | str) -> Grid:
         """The same on another device."""
-        zero, outer = (None if x is None else x.to(device) for x in (self.zero, self.outer))
-        return Grid(self.spec, self.scale.to(device), zero, outer)
+        zero, outer, offset = (None if x is None else x.to(device) for x in (self.zero, self.outer, self.offset))
+        return Grid(self.spec, self.scale.to(device), zero, outer, offset)
 
     def rows(self, units: slice) -> Grid:
         """The grid of these rows of units of a matrix."""
         whole = units.indices(len(self.scale)) == (0, len(self.scale), 1)
         assert whole or self.spec.scale != "double", "steps of double quantization span rows"
         outer = self.outer if self.outer is None or len(self.outer) == 1 else self.outer[units]
-        return Grid(self.spec, self.scale[units], None if self.zero is None else self.zero[units], outer)
+        zero, offset = (None if x is None else x[units] for x in (self.zero, self.offset))
+        return Grid(self.spec, self.scale[units], zero, outer, offset)
 
     def levels(self, x: Tensor) -> Tensor:
         """Round values [..., R, C] to levels of the same shape."""
-        units = to_units(x.float(), self.spec.block)
+        units = self._shifted(x)
         units = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, self._spread(self.zero))
         return from_units(units, x.shape)
 
@@ -183,21 +196,22 @@ class Grid:
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of values [..., R, C]: int8 or uint8, same shape."""
-        units = to_units(x.float(), self.spec.block)
+        units = self._shifted(x)
         zero = self._spread(self.zero)
         levels = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, zero)
         return from_units(to_codes(levels, self.spec.number, zero), x.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Values of codes [..., R, C] in fp32: s (q - z), the definition of what was quantized."""
+        """Values of codes [..., R, C] in fp32: s (q - z), or s q - offset: the definition of what was quantized."""
         units = to_values(to_units(codes, self.spec.block), self.spec.number, self._spread(self.zero))
-        return from_units(units * self.scale[..., :, None, :, None], codes.shape)
+        return from_units(self._unshifted(units * self.scale[..., :, None, :, None]), codes.shape)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantization in fp32: `decode(encode(x))` without the detour through codes."""
-        units = to_units(x.float(), self.spec.block)
+        units = self._shifted(x)
         scale = self.scale[..., :, None, :, None]
-        return from_units(to_levels(units / scale, self.spec.number, self._spread(self.zero)) * scale, x.shape)
+        levels = to_levels(units / scale, self.spec.number, self._spread(self.zero))
+        return from_units(self._unshifted(levels * scale), x.shape)
 
 
 def grid_from_range(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None = None) -> Grid:
@@ -208,6 +222,8 @@ def grid_from_range(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None 
     scales): zeros come back as zeros, never NaN.
     """
     number = spec.number
+    if spec.minima or spec.scale == "kquant":
+        return _grid_with_minima(low, high, spec, outer)
     if not isinstance(number, Int) or number.symmetric:
         amax = torch.maximum(high.abs(), low.abs())
         scale, outer = symmetric_scale(amax, _amax_levels(number), spec, outer)
@@ -225,9 +241,29 @@ def grid_from_range(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None 
     return Grid(spec, scale, zero)
 
 
+def _grid_with_minima(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None) -> Grid:
+    """Least values are at most 0, as they are in the files, and stored before the scale that starts there."""
+    number = spec.number
+    assert isinstance(number, Int)
+    if number.symmetric:
+        amax = torch.maximum(high.abs(), low.abs())
+        scale, _, outer = kquant.stored(divided(amax, _amax_levels(number)), None, spec, outer)
+        return Grid(spec, scale, None, outer)
+    offset = -low.clamp_max(0)
+    if spec.scale == "kquant":
+        scale, stored, outer = kquant.stored(divided(high + offset, number.high), offset, spec, outer)
+        return Grid(spec, scale, None, outer, stored)
+    offset = store_scale(offset, spec.scale).where(offset > 0, 0.0)
+    scale = divided(high + offset, number.high)
+    return Grid(spec, store_scale(torch.where(scale > 0, scale, 1.0), spec.scale), None, None, offset)
+
+
 def grid_range(grid: Grid) -> tuple[Tensor, Tensor]:
     """Ends [..., R/r, C/c] of a range whose grid this is: the inverse of `grid_from_range`."""
     number = grid.spec.number
+    if grid.offset is not None:
+        assert isinstance(number, Int)
+        return -grid.offset, number.high * grid.scale - grid.offset
     if not isinstance(number, Int) or number.symmetric:
         shared = grid.spec.scale.startswith("e8m0")  # rules round amax to a power of two
         amax = grid.scale * (2.0 ** largest_exponent(number) if shared else _amax_levels(number))
@@ -276,9 +312,12 @@ def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitErro
         chunk = slice(start, start + step)
         outer = None if full is None else full.rows(chunk).outer
         parts.append(_search_rows(x[chunk].float(), spec, ratios, error, chunk, outer))
-    zeros = [part.zero for part in parts]
-    zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None])
-    return Grid(spec, torch.cat([part.scale for part in parts]), zero, None if full is None else full.outer)
+    zero, offset = (
+        None if each[0] is None else torch.cat([x for x in each if x is not None])
+        for each in ([part.zero for part in parts], [part.offset for part in parts])
+    )
+    scale = torch.cat([part.scale for part in parts])
+    return Grid(spec, scale, zero, None if full is None else full.outer, offset)
 
 
 def _search_rows(
@@ -290,8 +329,9 @@ def _search_rows(
     for ratio in ratios:
         grid = grid_from_range(low * ratio, high * ratio, spec, outer)
         scale = grid.scale[..., :, None, :, None]
-        levels = to_levels(units / scale, spec.number, grid._spread(grid.zero))
-        loss = error(levels.mul_(scale).sub_(units), rows)
+        shifted = units if grid.offset is None else units + grid.offset[..., :, None, :, None]
+        levels = to_levels(shifted / scale, spec.number, grid._spread(grid.zero))
+        loss = error(levels.mul_(scale).sub_(shifted), rows)
         better = loss < least
         least = torch.where(better, loss, least)
         best = grid if best is None else _choose(better, grid, best)
@@ -301,7 +341,8 @@ def _search_rows(
 
 def _choose(take: Tensor, new: Grid, old: Grid) -> Grid:
     zero = None if new.zero is None or old.zero is None else torch.where(take, new.zero, old.zero)
-    return Grid(new.spec, torch.where(take, new.scale, old.scale), zero, new.outer)
+    offset = None if new.offset is None or old.offset is None else torch.where(take, new.offset, old.offset)
+    return Grid(new.spec, torch.where(take, new.scale, old.scale), zero, new.outer, offset)
 
 
 def search_mse(

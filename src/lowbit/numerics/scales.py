@@ -29,6 +29,7 @@ DOUBLE_BLOCK = 256
 """Units that share a step in double quantization."""
 
 _PLAIN = {"half": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PLAIN["float16-min"] = torch.float16
 _MANTISSA = 23
 
 
@@ -101,7 +102,10 @@ def _outer(scale: Tensor, spec: Spec) -> Tensor:
         outer = divided(largest, torch.finfo(torch.float8_e4m3fn).max)
     else:
         outer = scale.amax(-1, keepdim=True)
-    return torch.where(outer > 0, outer, 1.0).clamp_min(2.0**-112)  # what is made of it must be normal
+    outer = torch.where(outer > 0, outer, 1.0).clamp_min(2.0**-112)  # what is made of it must be normal
+    if spec.scale == "e4m3":  # files hold its inverse, so it is the inverse of a number that fp32 has
+        outer = outer.reciprocal().reciprocal()
+    return outer
 
 
 def _double_outer(scale: Tensor) -> Tensor:
@@ -167,3 +171,10 @@ def scale_bytes(rows: int, columns: int, dtype: ScaleDtype) -> int:
     units = rows * columns
     outer = {"e4m3": 1, "m2": rows, "m2-ceil": rows, "double": 1 + -(-units // DOUBLE_BLOCK)}
     return units * (_PLAIN[dtype].itemsize if dtype in _PLAIN else 1) + 4 * outer.get(dtype, 0)
+
+
+def narrowest(scale: Tensor) -> ScaleDtype:
+    """The plain dtype of fewest bits that holds these scales exactly, "half" first: what scales read from files are."""
+    kinds: tuple[ScaleDtype, ...] = ("half", "float16", "bfloat16")
+    found = (kind for kind in kinds if not scale.is_meta and torch.equal(store_scale(scale, kind), scale))
+    return next(found, "float32")

@@ -32,28 +32,43 @@ ScaleDtype = Literal[
     "m2",
     "m2-ceil",
     "double",
+    "float16-min",
+    "kquant",
 ]
 """How a scale S = amax/(largest level) is rounded and stored, before anything is rounded with it.
 
-==========  ==================================================================================  =======================
-half        a number that bf16 and fp16 both hold exactly: every file format can carry it       the default
-e8m0        2^(⌊log2 amax⌋ - ⌊log2 (largest level)⌋) in one byte; may saturate                  OCP MX
-e8m0-rceil  2^⌈log2 S⌉: never saturates                                                         MX; ZeroQuant-FP's M1
-e8m0-ceil   2^(⌈log2 amax⌉ - ⌊log2 (largest level)⌋)                                            MX
-e8m0-even   as e8m0, amax rounded to the format's mantissa first                                MX
-e4m3        an E4M3 number times one fp32 scale of the tensor (of each token, where dynamic)    NVFP4
-m2          S_max 2^-n, S_max the row's largest scale in fp32, n = ⌊log2(S_max/S)⌋ from 0 to 8  ZeroQuant-FP's M2
-m2-ceil     the same with ⌈⌉; may saturate                                                      ZeroQuant-FP's M2
-double      8 bits: the mean scale plus q steps, one fp32 step per 256 units                    QLoRA
-==========  ==================================================================================  =======================
+===========  ==================================================================================  =======================
+half         a number that bf16 and fp16 both hold exactly: every file format can carry it       the default
+e8m0         2^(⌊log2 amax⌋ - ⌊log2 (largest level)⌋) in one byte; may saturate                  OCP MX
+e8m0-rceil   2^⌈log2 S⌉: never saturates                                                         MX; ZeroQuant-FP's M1
+e8m0-ceil    2^(⌈log2 amax⌉ - ⌊log2 (largest level)⌋)                                            MX
+e8m0-even    as e8m0, amax rounded to the format's mantissa first                                MX
+e4m3         an E4M3 number times one fp32 scale of the tensor (of each token, where dynamic)    NVFP4
+m2           S_max 2^-n, S_max the row's largest scale in fp32, n = ⌊log2(S_max/S)⌋ from 0 to 8  ZeroQuant-FP's M2
+m2-ceil      the same with ⌈⌉; may saturate                                                      ZeroQuant-FP's M2
+double       8 bits: the mean scale plus q steps, one fp32 step per 256 units                    QLoRA
+float16-min  fp16, and beside it minus the least value in fp16 instead of a zero-point             GGUF Q4_1, Q5_1
+kquant       4 to 8 bits times one fp16 scale per 256 columns; least values likewise              GGUF Q2_K to Q6_K
+===========  ==================================================================================  =======================
 
 M2 with ⌊⌋ or ⌈⌉ by least error needs no name: ⌈⌉ is what ⌊⌋ gives for half the range, so any search of ranges finds it.
 """
 
 PLAIN: tuple[ScaleDtype, ...] = ("half", "float32", "bfloat16", "float16")
 """Scales that are one floating-point number each."""
-RELATIVE: tuple[ScaleDtype, ...] = ("e4m3", "m2", "m2-ceil", "double")
-"""Scales stored relative to something of the whole tensor or row (see `scales.py`)."""
+RELATIVE: tuple[ScaleDtype, ...] = ("e4m3", "m2", "m2-ceil", "double", "kquant")
+"""Scales stored relative to something of the whole tensor or row (see `scales.py`, `kquant.py`)."""
+MINIMA: tuple[ScaleDtype, ...] = ("float16-min", "kquant")
+"""Scales of asymmetric integers beside which a unit's least value is stored, instead of a zero-point."""
+SUPER = 256
+"""Columns of a K-quant's super-block."""
+_K_UNITS: dict[int, tuple[Rule, int]] = {
+    2: ("asymmetric", 16),
+    3: ("symmetric", 16),
+    4: ("asymmetric", 32),
+    5: ("asymmetric", 32),
+    6: ("symmetric", 16),
+}
 
 
 @dataclass(frozen=True)
@@ -185,8 +200,14 @@ class Spec:
         if isinstance(self.number, Int) and not self.number.symmetric:
             if self.square:
                 raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
-            if self.scale not in PLAIN:
+            if self.scale not in (*PLAIN, *MINIMA):
                 raise ValueError(f"{self.scale} scales have no zero-points: drop the asymmetric rule, or use half")
+        if self.scale == "float16-min" and (not isinstance(self.number, Int) or self.number.symmetric):
+            raise ValueError(f"{self.number} has no least value to store: use half scales, or the asymmetric rule")
+        if self.scale == "kquant" and self.bits not in _K_UNITS:
+            raise ValueError(f"K-quants have 2 to 6 bits, not {self.bits}: write q2k to q6k")
+        if self.scale == "kquant" and (self.number, self.block) != _k_layout(self.bits):
+            raise ValueError(f"the {self.bits}-bit K-quant is {kquant(self.bits)}, nothing else: write q{self.bits}k")
         if self.dynamic and self.scale in RELATIVE and self.scale != "e4m3":
             raise ValueError(f"{self.scale} scales relate the groups of a weight: inputs take e8m0 or e4m3 instead")
 
@@ -202,6 +223,11 @@ class Spec:
     def relative(self) -> bool:
         """Whether scales are stored relative to an outer one."""
         return self.scale in RELATIVE
+
+    @property
+    def minima(self) -> bool:
+        """Whether units have their least value stored beside the scale: a value is s q - m."""
+        return self.scale in MINIMA and isinstance(self.number, Int) and not self.number.symmetric
 
     @property
     def by_row(self) -> bool:
@@ -261,3 +287,13 @@ def mx(number: Number, *, scale: ScaleDtype = "e8m0", dynamic: bool = False) -> 
 def nvfp4(*, dynamic: bool = False) -> Spec:
     """NVFP4: E2M1 with one E4M3 scale per 16 columns, times one fp32 scale."""
     return Spec(E2M1, (1, 16), "e4m3", dynamic)
+
+
+def _k_layout(bits: int) -> tuple[Number, tuple[int, int]]:
+    rule, width = _K_UNITS[bits]
+    return Int(bits, rule), (1, width)
+
+
+def kquant(bits: int) -> Spec:
+    """llama.cpp's K-quant of 2 to 6 bits: super-blocks of 256 columns with 8 or 16 units (see `kquant.py`)."""
+    return Spec(*_k_layout(bits), "kquant")

@@ -6,16 +6,20 @@ from collections.abc import Sequence
 
 from ..methods.awq import AWQ, AWQClip
 from ..methods.base import Clip, Rotation, Round, Transform
+from ..methods.imatrix import Imatrix
 from ..methods.rtn import RTN, MinMaxClip
-from ..numerics.spec import Float, Number, ScaleDtype
+from ..numerics.spec import Float, Number, ScaleDtype, Spec
 
 
-def default_clip(transforms: Sequence[Rotation | Transform], round: Round) -> Clip:
+def default_clip(transforms: Sequence[Rotation | Transform], round: Round, weights: Spec | None) -> Clip:
     """Ranges are searched for least output error wherever statistics of the inputs are at hand, and full otherwise.
 
     AWQ is its paper's scale search and clip search. GPTQ's paper takes the full range (`minmax+gptq`), and its code
     offers an MSE search (`mse+gptq`); the search by output error is better than both, so it is what `gptq` means.
+    K-quants are fitted with an importance matrix whoever rounds: their least values need more than a range.
     """
+    if weights is not None and weights.scale == "kquant":
+        return Imatrix()
     searched = not isinstance(round, RTN) or any(isinstance(transform, AWQ) for transform in transforms)
     return AWQClip() if searched else MinMaxClip()
 

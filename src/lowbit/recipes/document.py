@@ -94,7 +94,8 @@ def from_dict(data: object) -> LoadedRecipe:
     trained = cast(tuple[Reconstruct, ...], _listed(document, "reconstruct", "reconstruct"))
     corrections = cast(tuple[Correct, ...], _listed(document, "correct", "correct"))
     round = cast(Round, _method(document["round"], "round", "round")) if "round" in document else RTN()
-    clip = cast(Clip, _method(document["clip"], "clip", "clip")) if "clip" in document else default_clip(maps, round)
+    given = "clip" in document
+    clip = cast(Clip, _method(document["clip"], "clip", "clip")) if given else default_clip(maps, round, scheme.weights)
     pinned = document.get("calibration")
     calibration = None if pinned is None else cast(Calibration, _build(Calibration, pinned, "calibration"))
     return LoadedRecipe(Recipe(scheme, round, clip, maps, name, trained, corrections), calibration)

@@ -3,7 +3,7 @@
     name        = [ method { "+" method } ] "-" scheme      (without methods the dash may go too)
     scheme      = weights [ activations ] [ "kv" BITS | "k" BITS "v" BITS ] { option }
     weights     = "w" BITS | "wfp8" | "wfp6" | "wfp4" | "fp8" (which is wfp8afp8) | "nf4"
-                | BLOCKS (which is BLOCKS "a" BLOCKS)
+                | "q2k" to "q6k" (llama.cpp's K-quants) | BLOCKS (which is BLOCKS "a" BLOCKS)
     activations = "a" BITS | "afp8" | "afp6" | "afp4" | "a" BLOCKS
     BLOCKS      = "nvfp4" | "mxfp4" | "mxfp6" | "mxfp8" | "mxint8"
     option      = "-g" GROUP [ "-row" ] | "-kvg" GROUP | "-kivi" | "-asym" | "-pow2" | "-m2" | "-double" | "-static"
@@ -33,6 +33,7 @@ from ..numerics.spec import (
     Number,
     ScaleDtype,
     Spec,
+    kquant,
     mx,
     nvfp4,
     per_group,
@@ -47,13 +48,14 @@ EXAMPLE = "gptq-w4a16-g128"
 _FLOATS = {"fp8": E4M3, "fp6": E3M2, "fp4": E2M1}
 _BLOCKS = {"nvfp4": nvfp4(), "mxfp4": mx(E2M1), "mxfp6": mx(E3M2), "mxfp8": mx(E4M3), "mxint8": mx(Int(8))}
 """Formats that say themselves which values share a scale, and how it is stored."""
-_NAMED: dict[str, Number | Spec] = {**_FLOATS, **_BLOCKS, "nf4": NF4}
+_SUPER = {f"q{bits}k": kquant(bits) for bits in range(2, 7)}
+_NAMED: dict[str, Number | Spec] = {**_FLOATS, **_BLOCKS, **_SUPER, "nf4": NF4}
 _SCALES: dict[str, ScaleDtype] = {"pow2": "e8m0-rceil", "m2": "m2", "double": "double"}
 
-_FIRST = ("w1 to w8", "w16", *(f"w{name}" for name in _FLOATS), "fp8", "nf4", *_BLOCKS)
+_FIRST = ("w1 to w8", "w16", *(f"w{name}" for name in _FLOATS), "fp8", "nf4", *_SUPER, *_BLOCKS)
 _SECOND = ("a2 to a8", "a16", *(f"a{name}" for name in (*_FLOATS, *_BLOCKS)))
 _FORMATS = re.compile(
-    rf"(?P<weights>w[0-9]+|wfp[468]|fp8|nf4|{'|'.join(_BLOCKS)})"
+    rf"(?P<weights>w[0-9]+|wfp[468]|fp8|nf4|{'|'.join((*_SUPER, *_BLOCKS))})"
     rf"(?P<activations>a(?:[0-9]+|{'|'.join((*_FLOATS, *_BLOCKS))}))?"
     r"(?:kv(?P<kv>[0-9]+)|k(?P<keys>[0-9]+)v(?P<values>[0-9]+))?"
 )
@@ -67,10 +69,11 @@ def parse(name: str) -> Recipe:
     bare = _FORMATS.match(head) is not None
     methods = [] if bare or not head else head.split("+")
     try:
-        steps = _steps(methods)
+        _steps(methods, None)  # what is wrong with them is said first
         if not (bare or tail):
             raise ValueError(f"it does not say what to quantize to, write for instance {EXAMPLE}")
         scheme = parse_scheme(name if bare else tail)
+        steps = _steps(methods, scheme.weights)
         if scheme.weights is None and scheme.activations is None and scheme.kv is None:
             raise ValueError("16-bit weights and 16-bit activations leave nothing to quantize")
     except ValueError as error:
@@ -98,7 +101,7 @@ def parse_override(text: str) -> Override:
 _RANK = re.compile(r"(?P<name>lorc)(?P<rank>[0-9]+)")
 
 
-def _steps(words: Sequence[str]) -> Recipe:
+def _steps(words: Sequence[str], weights: Spec | None) -> Recipe:
     """A recipe without a scheme whose slots are what the words name; RTN and the default clip fill what is left."""
     for word in words:
         if words.count(word) > 1:
@@ -123,7 +126,7 @@ def _steps(words: Sequence[str]) -> Recipe:
         )
     maps = tuple(TRANSFORMS[word]() for word in transforms)
     round = ROUNDS[rounds[0]]() if rounds else RTN()
-    clip = CLIPS[clips[0]]() if clips else default_clip(maps, round)
+    clip = CLIPS[clips[0]]() if clips else default_clip(maps, round, weights)
     reconstruct = tuple(RECONSTRUCTS[word]() for word in (*trained, *retrained))
     correct = tuple(CORRECTS[_kind(word)](**_rank(word)) for word in corrections)
     return Recipe(Scheme(None), round, clip, maps, reconstruct=reconstruct, correct=correct)
@@ -265,13 +268,17 @@ def _weight_spec(number: Number | Spec | None, quantized_inputs: bool, options: 
 
 
 def _activation_spec(number: Number | Spec | None, options: _Options) -> Spec | None:
-    """Per token and dynamic, or with -static per tensor from calibrated ranges; blocks are always dynamic."""
+    """Per token and dynamic, or with -static per tensor from calibrated ranges; blocks are dynamic, and with -static
+    NVFP4 has a calibrated tensor scale.
+    """
     static = "static" in options.flags
     if number is None:
         if static:
             raise ValueError("-static describes quantized activations, and there are none: drop it, or add a8 or afp8")
         return None
     if isinstance(number, Spec):
+        if static and number == nvfp4():
+            return number
         if static:
             raise ValueError(f"the ranges of {number} come with the values: drop -static")
         return replace(number, dynamic=True)

@@ -14,6 +14,7 @@ NAMED: dict[str, str] = {
     "gptq+signround-w4a16-g128": "the same, learned from GPTQ's codes on",
     "signround-w2a16-g64-asym": "2-bit weights that still make sense",
     "rtn-nf4": "NormalFloat weights as QLoRA stores them, no calibration",
+    "gptq-q4k": "the 4-bit K-quant of llama.cpp, for GGUF files",
     "rtn-w8a8": "8-bit weights and activations, no calibration: for models without outlier channels",
     "smoothquant-w8a8": "8-bit weights and activations, outliers moved into the weights: integer matrix products",
     "smoothquant-w8a8-static": "the same with activation ranges fixed by calibration, for hardware that needs them",

@@ -63,7 +63,7 @@ def activations_from_dict(data: object, path: str) -> Spec | None:
     fields = section(data, path, ("format", "rule", "per", "group", "scale", "dynamic"))
     per = _choice(fields.get("per", "token"), "unit", _ROWS, f"{path}.per")
     dynamic = checked(fields.get("dynamic", per == "token"), bool, f"{path}.dynamic")
-    if per == "token" and not dynamic:
+    if per == "token" and not dynamic and fields.get("scale") != "e4m3":  # whose tensor scale may be calibrated
         raise ValueError(f"{path}: tokens to come have no ranges yet, so per token is dynamic; static is per: tensor")
     columns = checked(fields.get("group", -1), int, f"{path}.group")
     return _spec(_number(fields, path), (_ROWS[per], columns), _scale(fields, path, "float32"), dynamic, path)
