@@ -204,6 +204,7 @@ def relative_error(x: Tensor, spec: Spec) -> float:
 def nvfp4_oracle(x: Tensor) -> Tensor:
     """x̂ = t g E2M1(x/(t g)) with one g for all of x."""
     g = f32(f32(x.abs().max().item() / 6) / 448) or 1.0
+    g = f32(1 / f32(1 / g))  # what the inverse in a file stands for
     values = []
     for block in blocks(x, 16):
         free = f32(f32(max(map(abs, block)) / 6) / g)
@@ -610,13 +611,24 @@ def test_impossible_specs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("weights", "inputs", "reason"),
     [
-        (mx(E2M1), None, "compressed-tensors export carries E4M3 float weights, not fp4 e2m1: use fp8"),
-        (nvfp4(), nvfp4(dynamic=True), "compressed-tensors export carries E4M3 float weights, not fp4 e2m1: use fp8"),
-        (per_group(NF4, 64), None, "compressed-tensors export carries E4M3 float weights, not nf4: use fp8"),
+        (mx(E2M1), None, None),
+        (nvfp4(), nvfp4(), None),
+        (
+            nvfp4(),
+            nvfp4(dynamic=True),
+            "compressed-tensors clients need a calibrated tensor scale of NVFP4 inputs, where lowbit finds one for "
+            "every token: use nvfp4-static, or nvfp4a16",
+        ),
+        (
+            per_group(NF4, 64),
+            None,
+            "compressed-tensors export carries E4M3 float weights, not nf4: use fp8, nvfp4 or mxfp4",
+        ),
         (
             mx(Int(8)),
             None,
-            "compressed-tensors export carries plain floating-point scales, not e8m0: use native, or half",
+            "compressed-tensors export carries e8m0 scales for fp4 e2m1, fp6 e2m3 and fp8 e4m3 in groups of 32, not "
+            "int8, group 32, e8m0 scales: use mxfp4 or mxfp8, or half scales",
         ),
         (
             per_group(Int(4), 32, scale="m2"),
@@ -626,17 +638,12 @@ def test_impossible_specs_are_refused() -> None:
         (
             per_channel(E4M3),
             mx(E4M3, dynamic=True),
-            "compressed-tensors activations are dynamic per token or static per tensor, not fp8 e4m3, group 32, e8m0 "
-            "scales, dynamic: use one of these",
-        ),
-        (
-            per_channel(E4M3),
-            Spec(E4M3, (1, -1), "e8m0", dynamic=True),
-            "compressed-tensors activations have plain floating-point scales, not e8m0: use float32",
+            "compressed-tensors clients multiply MX weights by inputs of the same kind, not fp8 e4m3 by fp8 e4m3, "
+            "group 32, e8m0 scales, dynamic: use the same kind, or 16 bits",
         ),
     ],
 )
-def test_compressed_tensors_refuses(weights: Spec, inputs: Spec | None, reason: str) -> None:
+def test_compressed_tensors_refuses(weights: Spec, inputs: Spec | None, reason: str | None) -> None:
     assert refuse(weights, inputs) == reason
 
 

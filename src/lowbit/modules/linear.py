@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..numerics.grid import Grid, fit_range
+from ..numerics.grid import Grid, fit_range, unit_range
 from ..numerics.qtensor import QAttention, QLayer
-from ..numerics.spec import Spec
+from ..numerics.scales import divided
+from ..numerics.spec import E4M3, Spec
 from ..numerics.ste import quantize_on, quantize_range
 from .attention import attach
 
@@ -18,12 +19,12 @@ from .attention import attach
 def quantize_activation(x: Tensor, spec: Spec, grid: Grid | None, clip: Tensor | None = None) -> Tensor:
     """Fake-quantize inputs [..., I] in fp32 and return them in their own dtype.
 
-    `grid` is the calibrated range of a static format; a dynamic format takes its range from x itself, of which `clip`
-    [2] may cut a part off both ends. Gradients pass (see `numerics.ste`).
+    `grid` is the calibrated range of a static format, for static NVFP4 its tensor scale alone; a dynamic format takes
+    its range from x itself, of which `clip` [2] may cut a part off both ends. Gradients pass (see `numerics.ste`).
     """
     flat = x.reshape(-1, x.shape[-1])
     if grid is not None:
-        quantized = quantize_on(flat, grid)
+        quantized = quantize_on(flat, local_grid(flat, grid) if spec.relative else grid)
     elif clip is not None:
         quantized = quantize_range(flat, spec, clip[0], clip[1])
     elif torch.is_grad_enabled() and x.requires_grad:
@@ -31,6 +32,19 @@ def quantize_activation(x: Tensor, spec: Spec, grid: Grid | None, clip: Tensor |
     else:
         quantized = fit_range(flat, spec).quantize(flat)
     return quantized.to(x.dtype).reshape(x.shape)
+
+
+def local_grid(x: Tensor, tensor: Grid) -> Grid:
+    """The grid of NVFP4 inputs x [T, I] whose tensor scale is calibrated: every group finds its own E4M3 scale.
+
+    It is the arithmetic of those who serve NVFP4, unlike a weight's: the tensor scale comes as its inverse, E4M3's
+    subnormal numbers are scales too, and a group that is too small even for them comes out as zeros.
+    """
+    low, high = unit_range(x, tensor.spec.block)
+    inverse = tensor.scale.reciprocal()
+    wanted = divided(torch.maximum(low.abs(), high.abs()), tensor.spec.number.largest) * inverse  # type: ignore[union-attr]
+    scale = wanted.clamp_max(E4M3.largest).to(torch.float8_e4m3fn).float() / inverse
+    return Grid(tensor.spec, torch.where(scale > 0, scale, torch.finfo(torch.float32).max))
 
 
 class QLinear(nn.Module):

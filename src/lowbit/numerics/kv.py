@@ -1,11 +1,11 @@
 """Keys and values in few bits: a frozen description, and the two maps between tensors and what a cache stores.
 
-One affine quantizer serves every layout, x̂ = s q + m with codes q in [0, 2^b - 1]; a layout only says which values
-share s and m. Unlike a weight's grid, m is by default the unit's own minimum as a float, not a whole number of steps.
-Keys have channels far from zero, where a range with zero in it wastes codes, and in small units rounding the zero-point
-costs much: for Gaussians in groups of 8 a third more squared error at any width, a few per cent in groups of 64. Scale
-and minimum take their 16 bits before anything is rounded with them. What training differentiates and what a cache packs
-is the same arithmetic, to the last bit.
+One affine quantizer serves every layout, x̂ = s q + m with codes q in [0, 2^b - 1], or E4M3 numbers q, which is what
+GPUs cache, and no m; a layout only says which values share s and m. Unlike a weight's grid, m is by default the unit's
+own minimum as a float, not a whole number of steps. Keys have channels far from zero, where a range with zero in it
+wastes codes, and in small units rounding the zero-point costs much: for Gaussians in groups of 8 a third more squared
+error at any width, a few per cent in groups of 64. Scale and minimum take their 16 bits before anything is rounded with
+them. What training differentiates and what a cache packs is the same arithmetic, to the last bit.
 
 Shape letters: B batch, H key-value heads as they are stored, T tokens, h head width, G group. Tensors are [B, H, T, h],
 their units views [B, H, T or T/G, …, …] of five axes, and every dynamic scale keeps batch and tokens on axes 0 and 2.
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from .bits import pack, packed_length, unpack
+from .grid import cast_float, to_codes, to_values
+from .spec import E4M3
 from .ste import straight_through
 
 Layout = Literal["token", "group", "head", "tensor", "channel"]
-Rule = Literal["minimum", "zero-point", "symmetric"]
+Rule = Literal["minimum", "zero-point", "symmetric", "e4m3"]
 
 _HALF_LARGEST = 65504.0
 
@@ -49,6 +51,7 @@ class Quantizer:
     minimum     [min, max], (max - min)/(2^b - 1)                         min, as a 16-bit float
     zero-point  the same with 0 in the range (QuaRot, FlatQuant)          -s z, z a whole number, 8 bits
     symmetric   [-amax, amax], 2 amax/(2^b - 1)                           -s 2^(b-1), not stored
+    e4m3        [-amax, amax], amax/448; codes are E4M3 numbers           none
     ==========  ========================================================  ==============================
     """
 
@@ -101,7 +104,7 @@ class Quantizer:
             "group": min(self.group, width) or 1,
             "channel": self.group or 1,
         }
-        offset = {"minimum": 16, "zero-point": 8, "symmetric": 0}[self.rule]
+        offset = {"minimum": 16, "zero-point": 8, "symmetric": 0, "e4m3": 0}[self.rule]
         shared = 0.0 if self.static else (16 + offset) / unit[self.layout]
         row = packed_length(width, self.bits)
         return 8 * row / width + shared
@@ -132,6 +135,8 @@ class KV:
             raise ValueError(f"a group size belongs to the layouts group and channel: {self.layout} has {self.group}")
         if (self.layout == "channel") != (self.residual > 0) or self.residual % (self.group or 1):
             raise ValueError("the channel layout, and no other, has a residual window that is a multiple of its group")
+        if self.rule == "e4m3" and not {self.keys, self.values} <= {8, None}:
+            raise ValueError("E4M3 keys and values have 8 bits: set keys and values to 8, or another rule")
         if self.together and self.layout != "token":
             raise ValueError("only the token layout can let all heads of a token share a scale")
 
@@ -185,7 +190,7 @@ class Affine(NamedTuple):
 def fit(low: Tensor, high: Tensor, quantizer: Quantizer) -> Affine:
     """What is stored for units with these ranges. A unit without range gets scale 1 and comes back as its minimum."""
     scale, offset = _fit(low.detach(), high.detach(), quantizer)
-    if quantizer.rule == "symmetric":
+    if quantizer.rule in ("symmetric", "e4m3"):
         return Affine(scale.half(), None)
     if quantizer.rule == "minimum":
         return Affine(scale.half(), offset.half())
@@ -195,7 +200,9 @@ def fit(low: Tensor, high: Tensor, quantizer: Quantizer) -> Affine:
 def _fit(low: Tensor, high: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     """Scale and offset in fp32 with the values of 16-bit storage, differentiable in the range."""
     steps = float((1 << quantizer.bits) - 1)
-    if quantizer.rule == "symmetric":
+    if quantizer.rule == "e4m3":
+        steps = 2 * E4M3.largest
+    if quantizer.rule in ("symmetric", "e4m3"):
         high = torch.maximum(low.abs(), high.abs())
         low = -high
     elif quantizer.rule == "zero-point":
@@ -204,8 +211,8 @@ def _fit(low: Tensor, high: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tenso
     scale = torch.where(scale > 0, scale, 1.0)
     if quantizer.rule == "minimum":
         return scale, _half(low)
-    if quantizer.rule == "symmetric":
-        return scale, -float(1 << (quantizer.bits - 1)) * scale
+    if quantizer.rule in ("symmetric", "e4m3"):
+        return scale, _without_offset(scale, quantizer)
     zero = -low / scale
     return scale, -straight_through(zero.round().clamp(0, steps), zero) * scale
 
@@ -214,11 +221,16 @@ def _half(x: Tensor) -> Tensor:
     return straight_through(x.clamp(-_HALF_LARGEST, _HALF_LARGEST).half().float(), x)
 
 
+def _without_offset(scale: Tensor, quantizer: Quantizer) -> Tensor:
+    """The offset of a rule that stores none."""
+    return torch.zeros_like(scale) if quantizer.rule == "e4m3" else -float(1 << (quantizer.bits - 1)) * scale
+
+
 def _loaded(affine: Affine, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     """Scale and offset in fp32 of what is stored."""
     scale = affine.scale.float()
     if affine.offset is None:
-        return scale, -float(1 << (quantizer.bits - 1)) * scale
+        return scale, _without_offset(scale, quantizer)
     offset = affine.offset.float()
     return scale, offset if quantizer.rule == "minimum" else -offset * scale
 
@@ -227,6 +239,8 @@ def _levels(units: Tensor, scale: Tensor, low: Tensor, quantizer: Quantizer) -> 
     """Codes as floats; rounding passes the gradient, saturation does not."""
     steps = (1 << quantizer.bits) - 1
     y = (units - low) / scale
+    if quantizer.rule == "e4m3":
+        return straight_through(cast_float(y, E4M3), y.clamp(-E4M3.largest, E4M3.largest))
     return straight_through(y.round().clamp(0, steps), y.clamp(0, steps))
 
 
@@ -296,7 +310,8 @@ def encode(x: Tensor, quantizer: Quantizer, *, affine: Affine | None = None, cli
     with torch.no_grad():
         found = fit(*quantizer.range(x, clip), quantizer) if affine is None else affine
         levels = _levels(quantizer.units(x.float()), *_loaded(found, quantizer), quantizer)
-        codes = pack(levels.to(torch.uint8).reshape(x.shape), quantizer.bits)
+        spelled = to_codes(levels, E4M3) if quantizer.rule == "e4m3" else levels.to(torch.uint8)
+        codes = pack(spelled.reshape(x.shape), quantizer.bits)
     return Encoded(codes, found if affine is None else None)
 
 
@@ -306,4 +321,5 @@ def decode(encoded: Encoded, quantizer: Quantizer, width: int, *, affine: Affine
     assert found is not None, "a static layout is decoded with its calibrated range"
     scale, low = _loaded(found, quantizer)
     codes = unpack(encoded.codes, quantizer.bits, width, signed=False)
-    return (quantizer.units(codes).float() * scale + low).reshape(codes.shape)
+    levels = to_values(codes, E4M3) if quantizer.rule == "e4m3" else codes.float()
+    return (quantizer.units(levels) * scale + low).reshape(codes.shape)

@@ -309,13 +309,18 @@ def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -
 
 
 def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
-    """The tap's quantized sites in batches that share format and treatment; units must not span two linears."""
+    """The tap's quantized sites in batches that share format and treatment; units must not span two linears.
+
+    Servers join q, k and v and know one NVFP4 tensor scale of them, so that v is treated as q and k are there.
+    """
     batches: dict[tuple[Spec, bool, str], list[Site]] = {}
+    scoring = any(site.name in work.anatomy.scores for site in tap.sites)
     for site in tap.sites:
         spec = work.formats[site.name][0]
         if spec is not None:
             alone = "" if spec.by_row and site.name not in work.grids else site.name
-            batches.setdefault((spec, site.name in work.anatomy.scores, alone), []).append(site)
+            scores = scoring if spec.scale == "e4m3" else site.name in work.anatomy.scores
+            batches.setdefault((spec, scores, alone), []).append(site)
     for (spec, scores, _), sites in batches.items():
         yield sites, spec, scores
 

@@ -15,18 +15,22 @@ from math import prod
 import torch
 
 from ..graph.anatomy import Anatomy, Site
+from ..methods.base import LearnedRotation
 from ..methods.recipe import Recipe
+from ..numerics import kquant
 from ..numerics.bits import packed_length
 from ..numerics.grid import unit_shape
+from ..numerics.maps import Map
 from ..numerics.scales import scale_bytes
 from ..numerics.spec import Spec
 from . import rotation
 from .checkpoint import Checkpoint
 from .work import Formats
 
-Refuse = Callable[[Spec | None, Spec | None, Site, bool, bool], str | None]
-"""A target format's objection to (weight format, input format, site, whether groups follow another order, whether
-inputs pass an online map), or None. Sites that keep 16-bit weights are only asked about where their inputs are mapped.
+Refuse = Callable[[Spec | None, Spec | None, Site, bool, Map | bool], str | None]
+"""A target format's objection to (weight format, input format, site, whether groups follow another order, the online
+map that inputs pass, or whether they pass one that is not known yet), or None. Sites that keep 16-bit weights are only
+asked about where their inputs are mapped.
 """
 
 BASE_BYTES = 450 << 20
@@ -128,13 +132,16 @@ def make_plan(
 
 def stored_bytes(shape: tuple[int, int], spec: Spec) -> int:
     """Bytes of codes, scales and zero-points of a site in lowbit's own files."""
+    codes = shape[0] * packed_length(shape[1], spec.bits)
+    if spec.scale == "kquant":
+        return codes + kquant.scale_bytes(*shape, spec)
     r, c = unit_shape(torch.Size(shape), spec.block)
     rows, columns = -(-shape[0] // r), -(-shape[1] // c)
     rule = getattr(spec.number, "rule", "symmetric")
-    zero = 0
-    if rule.startswith("asymmetric") or rule == "symmetric-unsigned":
+    zero = 2 * rows * columns if spec.minima else 0
+    if rule == "symmetric-unsigned" or (rule.startswith("asymmetric") and not spec.minima):
         zero = 4 * rows * columns if rule == "asymmetric-deepspeed" else packed_length(rows * columns, spec.bits)
-    return shape[0] * packed_length(shape[1], spec.bits) + scale_bytes(rows, columns, spec.scale) + zero
+    return codes + scale_bytes(rows, columns, spec.scale) + zero
 
 
 def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
@@ -174,6 +181,11 @@ def _check_kv(anatomy: Anatomy, recipe: Recipe) -> None:
 def _check_ranges(recipe: Recipe) -> None:
     """Ranges that a method learned before rounding are those that rounding has to use."""
     specs = [recipe.scheme.weights, *(override.weights for override in recipe.scheme.overrides)]
+    learned = [method.name for method in recipe.reconstruct]
+    learned += [step.name for step in (recipe.rotation,) if isinstance(step, LearnedRotation)]
+    least = [spec for spec in specs if spec is not None and (spec.minima or spec.scale == "kquant")]
+    if learned and least:
+        raise ValueError(f"{learned[0]} trains through plain scales, and {least[0]} has none: round with gptq or rtn")
     trained = [method.name for method in recipe.reconstruct if not method.after]
     if trained and any(spec is not None and recipe.round.refits(spec) for spec in specs):
         name = recipe.round.name
@@ -183,11 +195,13 @@ def _check_ranges(recipe: Recipe) -> None:
 def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None) -> None:
     try:
         unit_shape(torch.Size(site.shape), weights.block)
+        if weights.scale == "kquant":
+            kquant.check_columns(site.shape[1])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if inputs is not None and not inputs.dynamic and inputs.block != (-1, -1):
+    if inputs is not None and not inputs.dynamic and inputs.block != (-1, -1) and inputs.scale != "e4m3":
         raise ValueError(f"{name}: static activation formats are per tensor; make {inputs} dynamic or per tensor")
-    if inputs is not None and inputs.dynamic:
+    if inputs is not None:
         try:
             unit_shape(torch.Size((1, site.shape[1])), inputs.block)
         except ValueError as error:
@@ -201,10 +215,10 @@ def _hidden_width(anatomy: Anatomy) -> int:
 
 def _check_mapped(anatomy: Anatomy, recipe: Recipe, formats: Sequence[Formats], refuse: Refuse) -> None:
     trained = any(method.online(recipe.scheme) for method in recipe.reconstruct)
-    for index, names in enumerate(rotation.online_sites(anatomy, recipe)):
+    for index, maps in enumerate(rotation.online_sites(anatomy, recipe)):
         for site in anatomy.blocks[index].sites:
-            mapped = trained or site.name in names
-            reason = refuse(*formats[index][site.name], site, False, True) if mapped else None
+            mapped: Map | bool = True if trained else maps.get(site.name, False)
+            reason = refuse(*formats[index][site.name], site, False, mapped) if mapped else None
             if reason is not None:
                 raise ValueError(f"{anatomy.full_name(index, site.name)}: {reason}")
 

@@ -28,6 +28,7 @@ from ..graph.rotate import (
 )
 from ..methods.base import LearnedRotation, Rotation
 from ..methods.recipe import Recipe
+from ..numerics.maps import Map
 from .checkpoint import Checkpoint
 from .work import BlockWork
 
@@ -119,14 +120,14 @@ def check(anatomy: Anatomy, recipe: Recipe) -> None:
         raise ValueError(f"{refusal[:-1]} ({rotation.name}): choose a recipe without it")
 
 
-def online_sites(anatomy: Anatomy, recipe: Recipe) -> list[frozenset[str]]:
-    """For every block the sites whose inputs pass an online map of the recipe's rotation."""
+def online_sites(anatomy: Anatomy, recipe: Recipe) -> list[dict[str, Map]]:
+    """For every block the sites whose inputs pass an online map of the recipe's rotation, with that map."""
     if recipe.rotation is None:
-        return [frozenset()] * len(anatomy.blocks)
+        return [{}] * len(anatomy.blocks)
     found = []
     for index, part in enumerate(anatomy.blocks):
         maps = recipe.rotation.online(anatomy, index)
-        found.append(frozenset(site.name for tap in part.taps if tap.name in maps for site in tap.sites))
+        found.append({site.name: maps[tap.name] for tap in part.taps if tap.name in maps for site in tap.sites})
     return found
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from .learning import WholeModel
 from .memory import release_memory
 from .plan import Plan
 from .prologue import Calls, run_prologue
+from .provenance import Piece
 from .rotation import Turning, unties
 from .run import NAMES, ROTATION, SCRATCH, RunDirectory
 from .text import Text
@@ -221,7 +222,17 @@ class Sweep:
         return {name: self.checkpoint.streamed(name) for name in names}
 
 
-def checkpoint_names(checkpoint: Checkpoint) -> dict[str, list[tuple[str, int, bool]]]:
+class Named(Protocol):
+    """A model's parameters and where they lie in a checkpoint: `Checkpoint`, or another tool's model."""
+
+    def names(self, prefix: str = "") -> tuple[str, ...]:
+        """See `Checkpoint`."""
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """See `Checkpoint`."""
+
+
+def checkpoint_names(checkpoint: Named) -> dict[str, list[tuple[str, int, bool]]]:
     """Parameter -> its pieces' (checkpoint name, rows, transposed), where they are not simply itself."""
     names = {}
     for name in checkpoint.names():
@@ -265,8 +276,11 @@ class Streams:
         def call(block: nn.Module, batch: int, hidden: Tensor) -> Tensor:
             return self._calls.run(block, index, batch, hidden.to(self._device))
 
+        def alike(a: int, b: int) -> bool:
+            return self._inputs[a].shape == self._inputs[b].shape and self._calls.alike(index, a, b)
+
         onward = index + 1 < len(self._calls.by_block)
-        return Text(call, self._inputs, self._clean, self._targets, onward, self._spare())
+        return Text(call, self._inputs, self._clean, self._targets, onward, alike, self._spare())
 
     def _spare(self) -> int:
         """Bytes of the budget that hidden states leave, and of a GPU at most half of what is free there."""

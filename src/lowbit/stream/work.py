@@ -216,7 +216,13 @@ class BlockWork:
 
 
 def static_grid(spec: Spec, stats: Stats | None) -> Grid:
-    """The calibrated grid of a static per-tensor input format; an input never seen gets the range of a unit."""
-    if stats is None or stats.minmax is None or stats.minmax.low is None or stats.minmax.high is None:
-        return grid_from_range(torch.full((1, 1), -1.0), torch.full((1, 1), 1.0), spec)
-    return grid_from_range(stats.minmax.low.min().reshape(1, 1), stats.minmax.high.max().reshape(1, 1), spec)
+    """The calibrated grid of a static per-tensor input format; an input never seen gets the range of a unit.
+
+    Of NVFP4 it is the tensor scale that is calibrated: the grid has that one alone (see `modules.linear.local_grid`).
+    """
+    low, high = torch.full((1, 1), -1.0), torch.full((1, 1), 1.0)
+    if stats is not None and stats.minmax is not None and stats.minmax.low is not None:
+        assert stats.minmax.high is not None
+        low, high = stats.minmax.low.min().reshape(1, 1), stats.minmax.high.max().reshape(1, 1)
+    grid = grid_from_range(low, high, spec)
+    return grid if grid.outer is None else Grid(spec, grid.outer)
