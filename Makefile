@@ -11,17 +11,23 @@ JOBS   ?= 2
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-clients docs check format clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/demo.stamp  ## quantize the packaged model five ways, export one, reload it, write a sentence
 	@echo "Set-up is finished; the demo itself starts here."
 	@bash -c 'time $(BIN)/python examples/demo.py'
 
 test: .venv/dev.stamp  ## run the test suite (JOBS=N processes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not client" $(ARGS)
+
+test-clients: .venv/dev.stamp  ## run the tests of real clients (CLIENTS="vllm mlx …"; environments are made once and kept)
+	OMP_NUM_THREADS=2 $(BIN)/python scripts/clients.py $(CLIENTS) -- $(BIN)/python -m pytest -q -m client $(ARGS)
+
+docs: .venv/dev.stamp  ## regenerate the tables in docs/ that are made from the sources
+	$(BIN)/python scripts/formats_table.py --write
 
 check: .venv/dev.stamp  ## lint, format, types, import rules: what CI runs before the tests
 	$(BIN)/ruff check .

@@ -132,7 +132,7 @@ def test_too_little_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         ("gptq-w4a16-g32", ("--set", "gptq.damp=-1"), "damp must be positive"),
         ("rtn-w4a16-g32", ("--ignore", "*.downproj"), "did you mean *.down_proj?"),
         ("rtn-w4a16-g32", ("--target", "compressed-tensor"), "did you mean compressed-tensors?"),
-        ("smoothquant-w4a4-g32", ("--target", "compressed-tensors"), "int4"),
+        ("smoothquant-w4a4-g32", ("--target", "gptq"), "describe weights alone"),
         ("rtn-w4a16-g32", ("--device", "cuda"), "no CUDA device"),
         ("rtn-w4a16-g32", ("--dtype", "float8"), "unknown dtype"),
     ],

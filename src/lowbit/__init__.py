@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .api import evaluate, export, generate, load, quantize
+    from .api import evaluate, export, generate, import_model, load, quantize
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "export", "generate", "load", "quantize"]
+__all__ = ["__version__", "evaluate", "export", "generate", "import_model", "load", "quantize"]
 
 
 def __getattr__(name: str) -> object:

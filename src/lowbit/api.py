@@ -8,55 +8,22 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .prepare import Notice, Request, context_of, device_of, hidden_budget, prepare
+
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from .evaluation.report import EvaluationReport
-    from .graph.anatomy import Anatomy
+    from .formats.base import Format
     from .methods.recipe import Recipe
     from .runtime.verify import Verification
-    from .stream.checkpoint import Checkpoint
-    from .stream.plan import Plan, Refuse
-
-Notice = Callable[[str], None]
-"""Receives one sentence that the user should see."""
-OnBlock = Callable[[int, int, "Mapping[str, Any] | None"], None]
-"""(block, number of blocks, its report when done; None when it starts)."""
-
-CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that `quantize` can be asked for; names and defaults are those of the command line."""
-
-    model: str
-    recipe: str | Recipe
-    output: str | None = None
-    settings: Sequence[str] = ()
-    overrides: Sequence[str] = ()
-    ignore: Sequence[str] = ()
-    calibration: str | Sequence[torch.Tensor] | None = None
-    """A named set, a text file, or windows of token ids [T] as they are, for who draws them elsewhere."""
-    samples: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    target: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    memory: int | None = None
-    restart: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
-    notice: Notice = field(default=lambda _text: None)
-    on_block: OnBlock = field(default=lambda *_: None)
+    from .stream.run import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -86,78 +53,10 @@ def quantize(model: str | Path, recipe: str | Path | Recipe, output: str | Path,
     return run(Request(str(model), str(recipe) if isinstance(recipe, Path) else recipe, str(output), **options))
 
 
-@dataclass
-class Prepared:
-    """A checked request: the plan, and what carrying it out needs. No weight has been read."""
-
-    checkpoint: Checkpoint
-    skeleton: PreTrainedModel
-    plan: Plan
-    record: dict[str, Any]
-    windows: list[torch.Tensor]
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def seed(self) -> int:
-        """Seed of everything random in the run."""
-        return int((self.record["calibration"] or {}).get("seed", 0))
-
-
-def prepare(request: Request) -> Prepared:
-    """Check a request against its model and make the plan; refuses in seconds, before a weight is read."""
-    import torch
-
-    from . import recipes
-    from .data.calibrate import fingerprint
-    from .formats.native import VERSION
-    from .stream.checkpoint import Checkpoint
-    from .stream.plan import make_plan
-    from .stream.sweep import MICRO_BATCH
-
-    loaded = recipes.resolve(
-        request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore
-    )
-    device = _device(request.device)
-    checkpoint = Checkpoint.open(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
-    skeleton, anatomy = anatomy_of(checkpoint, request.trust_remote_code)
-    dtype = _dtype(request.dtype, checkpoint.config.dtype, device)
-    refuse = _target(request.target, loaded.recipe)
-    windows, calibration = _calibration(request, loaded, checkpoint) if loaded.recipe.calibrated else ([], None)
-    tokens = sum(window.numel() for window in windows)
-    window = max((window.numel() for window in windows), default=0)
-    plan = make_plan(
-        checkpoint, anatomy, loaded.recipe, tokens=tokens, dtype=dtype, refuse=refuse, window=window, device=device
-    )
-    record = {
-        "numerics": VERSION,
-        "model": checkpoint.fingerprint(),
-        "recipe": recipes.to_dict(loaded.recipe),
-        "calibration": None if calibration is None else {**calibration, "tokens": fingerprint(windows)},
-        "target": request.target,
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "micro_batch": MICRO_BATCH,
-        "torch": torch.__version__,
-    }
-    for notice in plan.notices:
-        request.notice(notice)
-    return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device)
-
-
-def anatomy_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Anatomy]:
-    """The model without weights, bound to its files, and its proved anatomy."""
-    from .graph import build_skeleton, discover
-
-    skeleton = build_skeleton(checkpoint.config, trust_remote_code=trust_remote_code)
-    checkpoint.bind(skeleton)
-    return skeleton, discover(checkpoint.config, skeleton)
-
-
 def run(request: Request) -> Quantized:
     """Carry a request out, from wherever an earlier run of it was interrupted."""
-    from .formats.native import sizes
+    from .formats.base import copy_companions, read_config
+    from .formats.native import write_config
     from .stream.rotation import unties
     from .stream.run import RunDirectory
     from .stream.sweep import Progress, Sweep
@@ -169,7 +68,10 @@ def run(request: Request) -> Quantized:
     directory = RunDirectory(Path(request.output), len(prepared.plan.anatomy.blocks))
     with directory.opened(prepared.record, restart=request.restart):
         if not directory.complete:
-            _write_config(prepared.checkpoint.path, directory.path, unties(prepared.plan.anatomy, prepared.plan.recipe))
+            source, untied = prepared.checkpoint.path, unties(prepared.plan.anatomy, prepared.plan.recipe)
+            copy_companions(source, directory.path)
+            head = {"tie_word_embeddings": False} if untied else {}
+            write_config(directory.path, {**read_config(source), **head})
             Sweep(
                 prepared.plan,
                 prepared.skeleton,
@@ -178,11 +80,18 @@ def run(request: Request) -> Quantized:
                 prepared.windows,
                 prepared.dtype,
                 prepared.device,
-                _hidden_budget(request.memory, prepared.plan),
+                hidden_budget(request.memory, prepared.plan),
                 prepared.seed,
                 Progress(request.on_block),
             ).execute()
             directory.log({"total": True, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()})
+    return _result(directory)
+
+
+def _result(directory: RunDirectory) -> Quantized:
+    """What a finished directory's files and journal say."""
+    from .formats.native import sizes
+
     size = sizes(directory.path)
     journal = directory.journal()
     seconds = {entry["block"]: entry["seconds"] for entry in journal if "block" in entry}
@@ -206,6 +115,19 @@ def load(source: str | Path, **options: Any) -> PreTrainedModel:
     return load_model(source, **options)
 
 
+def import_model(
+    source: str | Path, output: str | Path, *, trust_remote_code: bool = False, notice: Notice = lambda _text: None
+) -> Quantized:
+    """Write a model that another tool quantized as a finished lowbit directory; its codes stay as they are.
+
+    `source` is a directory of a format that lowbit reads, or a .gguf file. Like a run, it goes on where it was
+    interrupted. Raises ValueError, in one sentence, for what no reader of lowbit's knows.
+    """
+    from .importing import import_into
+
+    return _result(import_into(source, Path(output), trust_remote_code=trust_remote_code, notice=notice))
+
+
 def evaluate(
     model: str | Path,
     *,
@@ -213,6 +135,7 @@ def evaluate(
     window: int | None = None,
     limit: int | None = None,
     tasks: Sequence[str] = (),
+    tasks_data: str | Path | None = None,
     against: str | Path | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -222,7 +145,8 @@ def evaluate(
     """Measure a model in fp32: perplexity on texts, tasks, divergence from another model, and its honest size.
 
     `perplexity` names texts (`demo`, a published set, a file); without any, and without tasks, the packaged text is
-    used. `against` is the original to compare with, over the same windows. `progress` gets (text, done, total).
+    used. `tasks_data` is a directory of local files that tasks take their documents from, by default all that it holds.
+    `against` is the original to compare with, over the same windows. `progress` gets (text, done, total).
     """
     import torch
 
@@ -234,9 +158,10 @@ def evaluate(
     from .evaluation.text import evaluate_text
     from .runtime.load import load, load_tokenizer
 
-    texts = list(perplexity) or ([] if tasks else ["demo"])
+    asked = bool(tasks) or tasks_data is not None
+    texts = list(perplexity) or ([] if asked else ["demo"])
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    place = _device(device)
+    place = device_of(device)
     loaded = load(model, dtype=torch.float32, device=place, trust_remote_code=trust_remote_code)
     _as_decoded(loaded)
     check_tokenizer(tokenizer, loaded.get_input_embeddings().weight.shape[0])
@@ -255,9 +180,10 @@ def evaluate(
             found.append((scores.divergence, len(batch)))
     if found:
         report.against = divergence_over(found)
-    if tasks:
-        report.tasks = run_tasks(loaded, tokenizer, tasks, limit)
-    _count_bits(report, model, trust_remote_code)
+    if asked:
+        data = None if tasks_data is None else Path(tasks_data)
+        report.tasks = run_tasks(loaded, tokenizer, tasks, limit, data=data)
+    _count_bits(report, model, loaded, trust_remote_code)
     return report
 
 
@@ -296,40 +222,44 @@ def export(
 ) -> Exported:
     """Write a finished lowbit directory in another format, from its stored codes; nothing is rounded or fitted again.
 
-    `verify` names a client (transformers) that reloads the result; its numbers are compared with lowbit's.
+    `verify` names a client that reloads the result ("": the format's first); its numbers are compared with lowbit's.
     """
     from .evaluation.size import size_on_disk
     from .formats.base import find
     from .graph import build_skeleton
+    from .runtime.clients import find_client
     from .runtime.load import is_native, plain_config
 
     path, target = Path(source), Path(output)
     form = find(format)
     if not is_native(path):
-        raise ValueError(f"{path} is no directory that `lowbit quantize` made: quantize a model first")
-    if verify not in (None, "transformers"):
-        raise ValueError(f"lowbit cannot verify with {verify}: use --verify transformers")
+        raise ValueError(
+            f"{path} is no directory of lowbit's own: quantize a model first, or `lowbit import` a quantized one"
+        )
+    client = None if verify is None else find_client(verify or form.CLIENTS[0]).name
     for text in form.export_directory(path, target, build_skeleton(plain_config(path)), checkpoint_names(path)):
         notice(text)
-    return Exported(target, format, size_on_disk(target), None if verify is None else _verify(path, target))
+    verified = None if client is None else _verify(path, target, form, client)
+    return Exported(target, format, size_on_disk(target), verified)
 
 
 VERIFIED_WINDOWS, VERIFIED_LENGTH = 4, 128
 """Text on which an export is compared with lowbit's own model."""
 
 
-def _verify(source: Path, target: Path) -> Verification:
+def _verify(source: Path, target: Path, form: Format, client: str) -> Verification:
     import torch
 
     from .data.evaluation import load_windows
     from .data.text import resolve_window
     from .runtime.load import load, load_tokenizer
-    from .runtime.verify import verify_transformers
+    from .runtime.planned import planned
+    from .runtime.verify import verify
 
     model = load(source, dtype=torch.float32)
     length, _ = resolve_window(None, VERIFIED_LENGTH, context_of(model.config))
     windows = load_windows("demo", load_tokenizer(source), length, VERIFIED_WINDOWS)
-    return verify_transformers(target, model, windows)
+    return verify(client, target, model, windows, planned=planned(source, form))
 
 
 def checkpoint_names(path: Path) -> Callable[[str], Sequence[tuple[str, slice]]]:
@@ -368,18 +298,18 @@ def generate(
     import torch
 
     from .data.text import tokenize_documents
-    from .modules.attention import attached
+    from .modules.attention import as_cache, attached
     from .runtime.cache import quantized_cache
     from .runtime.load import load, load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    place = _device(device)
+    place = device_of(device)
     loaded = load(model, device=place, trust_remote_code=trust_remote_code)
     ids = tokenize_documents([prompt], tokenizer)[None].to(place)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    cache = {"past_key_values": quantized_cache(loaded)} if attached(loaded) else {}
+    cache = as_cache(loaded, quantized_cache(loaded)) if attached(loaded) else {}
     output = loaded.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling, **cache
     )
@@ -396,145 +326,23 @@ def _as_decoded(model: PreTrainedModel) -> None:
             decode_kivi(model.get_submodule(path))
 
 
-def _count_bits(report: EvaluationReport, model: str | Path, trust_remote_code: bool) -> None:
-    from .evaluation.size import size_on_disk
+def _count_bits(report: EvaluationReport, source: str | Path, model: PreTrainedModel, trust: bool) -> None:
+    from .evaluation.size import bits_per_parameter, bits_per_weight, parameters_of, size_on_disk, stored_for
     from .formats.native import sizes
-    from .formats.source import locate
-    from .runtime.load import is_native
+    from .runtime.load import find_model, is_native
 
-    path = locate(model, trust_remote_code=trust_remote_code)
+    path = find_model(source, trust_remote_code=trust)
     report.size_bytes = size_on_disk(path)
-    size = sizes(path)
+    stored, weights, parameters = *stored_for(model), parameters_of(model)
     if is_native(path):
-        report.bits_per_weight = 8 * size.stored_bytes / max(1, size.quantized_weights)
-        report.bits_per_parameter = 8 * size.file_bytes / size.parameters
-
-
-def context_of(config: Any) -> int | None:
-    """How many tokens the model can attend to; None where its configuration states no limit."""
-    stated = [getattr(config, name, None) for name in CONTEXT_FIELDS]
-    return next((value for value in stated if isinstance(value, int)), None)
+        size = sizes(path)
+        stored, weights, parameters = size.stored_bytes, max(1, size.quantized_weights), size.parameters
+    if weights:
+        report.bits_per_weight = bits_per_weight(stored, weights)
+        report.bits_per_parameter = bits_per_parameter(report.size_bytes, parameters)
 
 
 def peak_memory() -> int:
     """Peak resident memory of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if os.uname().sysname == "Darwin" else peak * 1024
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA device here: use --device cpu, or install a CUDA build of torch")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda") from None
-
-
-def _dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """What blocks compute in: the checkpoint's dtype where the device is fast in it, else fp32."""
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name != "auto":
-        if name not in known:
-            raise ValueError(f"unknown dtype {name!r}: use auto, {', '.join(known)}")
-        return known[name]
-    if device.type != "cpu":
-        return stored if stored is not None and stored in known.values() else torch.float32
-    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
-
-
-def _target(name: str | None, recipe: Recipe) -> Refuse | None:
-    """What the export format asked for objects to, as the plan asks it; of the whole model, at once."""
-    from .formats.base import find
-
-    if name is None:
-        return None
-    form = find(name)
-    reason = form.refuse_whole(cached=recipe.scheme.kv is not None, corrected=bool(recipe.correct))
-    if reason is not None:
-        raise ValueError(reason)
-    return lambda weights, inputs, site, ordered, mapped: form.refuse(
-        weights, inputs, transposed=site.transposed, ordered=ordered, mapped=mapped
-    )
-
-
-def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Token windows, and what plan.json records of where they came from."""
-    if request.calibration is not None and not isinstance(request.calibration, str):
-        return _given_windows(request.calibration, request.seed or 0, checkpoint.config.vocab_size)
-    from .data.calibrate import Calibration, load_calibration
-    from .data.text import check_tokenizer, resolve_window
-
-    pinned = loaded.calibration
-    tokenizer = checkpoint.tokenizer()
-    check_tokenizer(tokenizer, checkpoint.config.vocab_size)
-
-    def chosen(name: str, default: Any) -> Any:
-        asked = (getattr(request, "calibration" if name == "source" else name), getattr(pinned, name, None), default)
-        return next((value for value in asked if value is not None), None)
-
-    length, shrunk = resolve_window(chosen("length", None), 2048, context_of(checkpoint.config), "--length")
-    if shrunk is not None:
-        request.notice(shrunk)
-    defaults = Calibration()
-    source = chosen("source", defaults.source)
-    samples, seed = chosen("samples", defaults.samples), chosen("seed", defaults.seed)
-    windows = load_calibration(source, tokenizer, samples, length, seed, lambda: _whole_model(request, checkpoint))
-    return windows, {"source": Path(source).name, "samples": samples, "length": length, "seed": seed}
-
-
-def _whole_model(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model that generated calibration samples from: the one thing that takes all of it in memory at once."""
-    size, place = checkpoint.nbytes(checkpoint.names()), _device(request.device)
-    free = _free_memory() if request.memory is None else request.memory
-    if size > free:
-        raise ValueError(
-            f"generated calibration loads the whole model, {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            "free: calibrate on a text, or on --calibration random"
-        )
-    request.notice(f"generated calibration loads the whole model once, {size / 2**30:.1f} GiB, before blocks are read")
-    return load(checkpoint.path, device=place, trust_remote_code=request.trust_remote_code)
-
-
-def _given_windows(
-    windows: Sequence[torch.Tensor], seed: int, vocabulary: int
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Windows of token ids that the caller drew."""
-    import torch
-
-    rows = [window.to("cpu", torch.long) for window in windows]
-    if not rows or any(row.ndim != 1 or len(row) < 2 for row in rows):
-        raise ValueError("calibration windows are one-dimensional tensors of at least two token ids")
-    if max(int(row.max()) for row in rows) >= vocabulary:
-        raise ValueError(f"a calibration window holds a token beyond the model's {vocabulary}: is it its tokenizer's?")
-    return rows, {"source": "tokens", "samples": len(rows), "length": max(map(len, rows)), "seed": seed}
-
-
-def _free_memory() -> int:
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-
-
-def _hidden_budget(memory: int | None, plan: Plan) -> int:
-    """Bytes of hidden states that may stay in memory."""
-    if memory is None:
-        return _free_memory() // 2
-    return max(0, memory - (plan.peak_bytes - plan.hidden_bytes))
-
-
-def _write_config(source: Path, output: Path, untied: bool) -> None:
-    """config.json with lowbit's mark, and other files as they are; `untied` says that the head is its own."""
-    from .formats.base import copy_companions, read_config
-    from .formats.files import write_json
-    from .formats.native import VERSION
-
-    mark = {"quant_method": "lowbit", "version": VERSION}
-    copy_companions(source, output)
-    head = {"tie_word_embeddings": False} if untied else {}
-    write_json(output / "config.json", {**read_config(source), **head, "quantization_config": mark})

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from .api import Prepared, Quantized
+    from .api import Quantized
+    from .prepare import Prepared
 
 
 class _Bar:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
+from ..formats import native
+from ..modules.linear import QLinear
+from ..numerics.qtensor import QLayer
+
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 
 
@@ -22,6 +28,37 @@ def bits_per_parameter(file_bytes: int, parameters: int) -> float:
     return 8 * file_bytes / parameters
 
 
+def stored_for(model: nn.Module) -> tuple[int, int]:
+    """(bytes, weights) of the quantized linears of a loaded model, whatever files it came from.
+
+    Bytes are those of lowbit's own layout, so that models of all formats are counted alike.
+    """
+    stored = weights = 0
+    for module in model.modules():
+        if isinstance(module, QLinear) and module.layer.weight.parts:
+            tensors = native.pack("", on_meta(module.layer)).values()
+            stored += sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+            weights += module.layer.weight.shape.numel()
+    return stored, weights
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Parameters of a loaded model, those of quantized linears among them; shared ones count once."""
+    linears = [module for module in model.modules() if isinstance(module, QLinear)]
+    held = sum(module.weight.numel() + (0 if module.bias is None else module.bias.numel()) for module in linears)
+    return held + sum(parameter.numel() for parameter in model.parameters())
+
+
+def on_meta(layer: QLayer) -> QLayer:
+    """A layer's shapes without its values."""
+    grid = None if layer.input_grid is None else layer.input_grid.to("meta")
+    map = None if layer.input_map is None else layer.input_map.to("meta")
+    clip = None if layer.input_clip is None else layer.input_clip.to("meta")
+    return QLayer(layer.weight.to("meta"), layer.activation, grid, map, clip)
+
+
 def size_on_disk(directory: str | Path) -> int:
     """Bytes of a model's weight files; tokenizer, configuration and reports are not counted."""
+    if Path(directory).is_file():
+        return Path(directory).stat().st_size
     return sum(path.stat().st_size for pattern in WEIGHT_FILES for path in Path(directory).glob(pattern))

@@ -1,0 +1,255 @@
+"""A request, checked: everything that is decided before a weight is read.
+
+`prepare` turns what a user asks for into a plan, or refuses in one sentence. As in `api.py`, everything heavy is
+imported inside, so that `lowbit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from .graph.anatomy import Anatomy
+    from .methods.recipe import Recipe
+    from .recipes.document import LoadedRecipe
+    from .stream.checkpoint import Checkpoint
+    from .stream.plan import Plan, Refuse
+
+Notice = Callable[[str], None]
+"""Receives one sentence that the user should see."""
+OnBlock = Callable[[int, int, "Mapping[str, Any] | None"], None]
+"""(block, number of blocks, its report when done; None when it starts)."""
+
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that `quantize` can be asked for; names and defaults are those of the command line."""
+
+    model: str
+    recipe: str | Recipe
+    output: str | None = None
+    settings: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    ignore: Sequence[str] = ()
+    calibration: str | Sequence[torch.Tensor] | None = None
+    """A named set, a text file, or windows of token ids [T] as they are, for who draws them elsewhere."""
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    target: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    memory: int | None = None
+    restart: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    notice: Notice = field(default=lambda _text: None)
+    on_block: OnBlock = field(default=lambda *_: None)
+
+
+@dataclass
+class Prepared:
+    """A checked request: the plan, and what carrying it out needs. No weight has been read."""
+
+    checkpoint: Checkpoint
+    skeleton: PreTrainedModel
+    plan: Plan
+    record: dict[str, Any]
+    windows: list[torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything random in the run."""
+        return int((self.record["calibration"] or {}).get("seed", 0))
+
+
+def prepare(request: Request) -> Prepared:
+    """Check a request against its model and make the plan; refuses in seconds, before a weight is read."""
+    import torch
+
+    from . import recipes
+    from .data.calibrate import fingerprint
+    from .formats.native import VERSION
+    from .stream.checkpoint import Checkpoint
+    from .stream.plan import make_plan
+    from .stream.sweep import MICRO_BATCH
+
+    loaded = recipes.resolve(
+        request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore
+    )
+    device = device_of(request.device)
+    checkpoint = Checkpoint.open(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    skeleton, anatomy = anatomy_of(checkpoint, request.trust_remote_code)
+    dtype = _dtype(request.dtype, checkpoint.config.dtype, device)
+    loaded = _narrowed(request, loaded, checkpoint)
+    refuse = _target(request.target, loaded.recipe)
+    windows, calibration = _calibration(request, loaded, checkpoint) if loaded.recipe.calibrated else ([], None)
+    tokens = sum(window.numel() for window in windows)
+    window = max((window.numel() for window in windows), default=0)
+    plan = make_plan(
+        checkpoint, anatomy, loaded.recipe, tokens=tokens, dtype=dtype, refuse=refuse, window=window, device=device
+    )
+    record = {
+        "numerics": VERSION,
+        "model": checkpoint.fingerprint(),
+        "recipe": recipes.to_dict(loaded.recipe),
+        "calibration": None if calibration is None else {**calibration, "tokens": fingerprint(windows)},
+        "target": request.target,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "micro_batch": MICRO_BATCH,
+        "torch": torch.__version__,
+    }
+    for notice in plan.notices:
+        request.notice(notice)
+    return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device)
+
+
+def anatomy_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Anatomy]:
+    """The model without weights, bound to its files, and its proved anatomy."""
+    from .graph import build_skeleton, discover
+
+    skeleton = build_skeleton(checkpoint.config, trust_remote_code=trust_remote_code)
+    checkpoint.bind(skeleton)
+    return skeleton, discover(checkpoint.config, skeleton)
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens the model can attend to; None where its configuration states no limit."""
+    stated = [getattr(config, name, None) for name in CONTEXT_FIELDS]
+    return next((value for value in stated if isinstance(value, int)), None)
+
+
+def device_of(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here: use --device cpu, or install a CUDA build of torch")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda") from None
+
+
+def _dtype(name: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What blocks compute in: the checkpoint's dtype where the device is fast in it, else fp32."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto":
+        if name not in known:
+            raise ValueError(f"unknown dtype {name!r}: use auto, {', '.join(known)}")
+        return known[name]
+    if device.type != "cpu":
+        return stored if stored is not None and stored in known.values() else torch.float32
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if stored == torch.bfloat16 and fast else torch.float32
+
+
+def _narrowed(request: Request, loaded: LoadedRecipe, checkpoint: Checkpoint) -> LoadedRecipe:
+    """The recipe with weights as the export format asked for stores them; refuses models that it cannot carry."""
+    from .formats.base import find, narrowed, refusal
+
+    if request.target is None:
+        return loaded
+    form, scheme = find(request.target), loaded.recipe.scheme
+    reason = refusal(form, checkpoint.config.to_dict())
+    if reason is not None:
+        raise ValueError(reason)
+    overrides = tuple(replace(each, weights=narrowed(form, each.weights)) for each in scheme.overrides)
+    scheme = replace(scheme, weights=narrowed(form, scheme.weights), overrides=overrides)
+    return replace(loaded, recipe=replace(loaded.recipe, scheme=scheme))
+
+
+def _target(name: str | None, recipe: Recipe) -> Refuse | None:
+    """What the export format asked for objects to, as the plan asks it; of the whole model, at once."""
+    from .formats.base import find
+
+    if name is None:
+        return None
+    form = find(name)
+    reason = form.refuse_whole(kv=recipe.scheme.kv, corrected=bool(recipe.correct))
+    if reason is not None:
+        raise ValueError(reason)
+    return lambda weights, inputs, site, ordered, mapped: form.refuse(
+        weights, inputs, shape=site.shape, transposed=site.transposed, ordered=ordered, mapped=mapped
+    )
+
+
+def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Token windows, and what plan.json records of where they came from."""
+    if request.calibration is not None and not isinstance(request.calibration, str):
+        return _given_windows(request.calibration, request.seed or 0, checkpoint.config.vocab_size)
+    from .data.calibrate import Calibration, load_calibration
+    from .data.text import check_tokenizer, resolve_window
+
+    pinned = loaded.calibration
+    tokenizer = checkpoint.tokenizer()
+    check_tokenizer(tokenizer, checkpoint.config.vocab_size)
+
+    def chosen(name: str, default: Any) -> Any:
+        asked = (getattr(request, "calibration" if name == "source" else name), getattr(pinned, name, None), default)
+        return next((value for value in asked if value is not None), None)
+
+    length, shrunk = resolve_window(chosen("length", None), 2048, context_of(checkpoint.config), "--length")
+    if shrunk is not None:
+        request.notice(shrunk)
+    defaults = Calibration()
+    source = chosen("source", defaults.source)
+    samples, seed = chosen("samples", defaults.samples), chosen("seed", defaults.seed)
+    windows = load_calibration(source, tokenizer, samples, length, seed, lambda: _whole_model(request, checkpoint))
+    return windows, {"source": Path(source).name, "samples": samples, "length": length, "seed": seed}
+
+
+def _whole_model(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that generated calibration samples from: the one thing that takes all of it in memory at once."""
+    from .runtime.load import load
+
+    size, place = checkpoint.nbytes(checkpoint.names()), device_of(request.device)
+    free = _free_memory() if request.memory is None else request.memory
+    if size > free:
+        raise ValueError(
+            f"generated calibration loads the whole model, {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            "free: calibrate on a text, or on --calibration random"
+        )
+    request.notice(f"generated calibration loads the whole model once, {size / 2**30:.1f} GiB, before blocks are read")
+    return load(checkpoint.path, device=place, trust_remote_code=request.trust_remote_code)
+
+
+def _given_windows(
+    windows: Sequence[torch.Tensor], seed: int, vocabulary: int
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """Windows of token ids that the caller drew."""
+    import torch
+
+    rows = [window.to("cpu", torch.long) for window in windows]
+    if not rows or any(row.ndim != 1 or len(row) < 2 for row in rows):
+        raise ValueError("calibration windows are one-dimensional tensors of at least two token ids")
+    if max(int(row.max()) for row in rows) >= vocabulary:
+        raise ValueError(f"a calibration window holds a token beyond the model's {vocabulary}: is it its tokenizer's?")
+    return rows, {"source": "tokens", "samples": len(rows), "length": max(map(len, rows)), "seed": seed}
+
+
+def _free_memory() -> int:
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def hidden_budget(memory: int | None, plan: Plan) -> int:
+    """Bytes of hidden states that may stay in memory."""
+    if memory is None:
+        return _free_memory() // 2
+    return max(0, memory - (plan.peak_bytes - plan.hidden_bytes))
