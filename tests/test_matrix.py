@@ -247,7 +247,7 @@ REFUSED: list[tuple[str, list[str], str | None, str]] = [
     ("quarot-w4a16-g16", [], "compressed-tensors", "carries no online maps but Hadamard"),
     ("flatquant-w4a16-g16", [], "compressed-tensors", "carries no online maps but Hadamard"),
     ("gptq+lorc4-w4a16-g16", [], "compressed-tensors", "cannot carry a weight that is a sum of parts: use native"),
-    ("gptq-w4a16kv4-g16", [], "compressed-tensors", "compressed-tensors carries caches with calibrated symmetric ranges"),
+    ("gptq-w4a16kv4-g16", [], "compressed-tensors", "carries caches with calibrated symmetric ranges"),
     ("gptq-w4a16-g16", ["gptq.groups=fresh"], "compressed-tensors", "dropped group indices"),
     ("rtn-w4a4kv4-kvg3", [], None, "group of 3 does not divide the head width 16"),
 ]

@@ -22,7 +22,8 @@ def test_parameters_are_on_meta_and_buffers_are_the_models_own(name: str) -> Non
     skeleton = build_skeleton(config)
     model = AutoModelForCausalLM.from_config(config)
     assert {p.device.type for p in skeleton.parameters()} == {"meta"}
-    assert {p.dtype for p in skeleton.parameters()} == {torch.bfloat16}
+    dtypes = {p.dtype for p in skeleton.parameters()}  # transformers 5.24 keeps some routers in fp32
+    assert torch.bfloat16 in dtypes and dtypes == {p.dtype for p in model.parameters()}
     assert not skeleton.training
     own, true = dict(skeleton.named_buffers()), dict(model.named_buffers())
     assert own.keys() == true.keys()

@@ -134,7 +134,7 @@ def test_experts_of_one_projection_are_one_stage() -> None:
 
 
 def test_nothing_is_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the look at the block as it arrives (one micro-batch), each linear, norm and attention run once a batch."""
+    """Behind the look at the block as it arrives (one micro-batch), linears, norms and attention run once a batch."""
     counts: Counter[str] = Counter()
     attention, linear = F.scaled_dot_product_attention, QLinear.forward
     monkeypatch.setattr(

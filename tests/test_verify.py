@@ -261,6 +261,7 @@ def test_a_weight_too_much_or_too_little_fails(run: Run, pretender: Pretender, t
 
 PAIRS = [
     ("compressed-tensors", "vllm", "rtn-w4a16-g128"),
+    ("compressed-tensors", "vllm", "rtn-w8a8"),
     ("gptq", "gptqmodel", "rtn-w4a16-g128-asym"),
     ("gptq", "vllm", "rtn-w4a16-g128"),
     ("awq", "gptqmodel", "rtn-w4a16-g128-asym"),
@@ -287,6 +288,6 @@ def test_the_command_line_verifies_in_the_real_client(
     assert found["client"] == client
     assert found["stored_bytes"] > 0
     if client == "vllm":
-        assert found["score_spread"] < 0.1
+        assert found["score_spread"] < (0.25 if recipe == "rtn-w8a8" else 0.1)
     else:
         assert found["top1"] > 0.95

@@ -37,6 +37,10 @@ TRANSFORMERS = "transformers"
 EXACT = 1e-5
 """Largest difference of fp32 logits, as a part of the largest logit (at least 1): the order of summation is free."""
 
+FLIPS = 2.5
+"""How much further scores may be off where inputs are quantized: a client's own rounding noise flips their codes (vLLM
+finds int8 ranges by 127 instead of 127.5 steps, and bf16 inputs lie often enough between two codes)."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -99,7 +103,8 @@ def verify(
             exact = client.exact and not quantized and found.get("dtype", "float32") == "float32"
             judged = _judge(client, expected, logits, found, exact)
         else:
-            judged = _judge_scores(client, expected, torch.from_numpy(np.load(job / "scores.npy")), windows)
+            scores = torch.from_numpy(np.load(job / "scores.npy"))
+            judged = _judge_scores(client, expected, scores, windows, quantized)
     message = f"{judged.message} ({name} {found['version']}){remarks}"
     judged = replace(judged, client=name, version=found["version"], message=message)
     return judged if planned is None else weighed(judged, planned, export)
@@ -182,13 +187,14 @@ def _judge(client: Client, expected: Tensor, logits: Tensor, found: Mapping[str,
     )
 
 
-def _judge_scores(client: Client, expected: Tensor, scores: Tensor, windows: Tensor) -> Verification:
+def _judge_scores(client: Client, expected: Tensor, scores: Tensor, windows: Tensor, quantized: bool) -> Verification:
     """Hold log-probabilities [N, T - 1] of the next tokens to those of expected logits [N, T, V]."""
     ours = expected[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None])[..., 0]
     difference = scores - ours
     mean, spread = float(difference.mean()), float(difference.std())
     figures = f"mean difference of log-probabilities {mean:+.2g} nats, its spread {spread:.2g}"
-    passed = abs(mean) <= client.score and spread <= client.spread
+    slack = FLIPS if quantized else 1.0
+    passed = abs(mean) <= slack * client.score and spread <= slack * client.spread
     message = f"{'verified' if passed else 'failed'}: {figures}"
     return Verification("", "", passed, message, score_difference=mean, score_spread=spread)
 
