@@ -38,8 +38,8 @@ EXACT = 1e-5
 """Largest difference of fp32 logits, as a part of the largest logit (at least 1): the order of summation is free."""
 
 FLIPS = 2.5
-"""How much further scores may be off where inputs are quantized: a client's own rounding noise flips their codes (vLLM
-finds int8 ranges by 127 instead of 127.5 steps, and bf16 inputs lie often enough between two codes)."""
+"""How much further scores may be off where inputs are quantized, since rounding noise flips their codes: lowbit's own
+model in bf16 spreads around itself in fp32 by 0.03 nats with 16-bit inputs, 0.12 with int8 and 0.16 with FP8 ones."""
 
 
 @dataclass(frozen=True)
