@@ -26,6 +26,7 @@ METHOD_CORE = ("methods.base", "methods.recipe", "methods.scheme")
 TABLE: dict[str, set[str]] = {
     "numerics": set(),
     "data": set(),
+    "kernels": {"numerics"},
     "modules": {"numerics"},
     "graph": {"numerics", "modules"},
     "methods": {"numerics", "modules", "graph.anatomy"},
@@ -50,7 +51,7 @@ FORBIDDEN: dict[str, set[str]] = {"modules": HEAVY, "methods": HEAVY}
 """Third parties that a layer must not import at all."""
 ONLY_TORCH = {"numerics"}
 """Layers that import torch and the standard library and nothing else."""
-KERNELS = {"kernels.py": "triton"}
+KERNELS = {"kernels.py": "triton", "feedback_kernel.py": "triton"}
 """Files that also import the language of GPU kernels, which comes with torch's GPU builds; others do so lazily."""
 
 Import = tuple[str, bool, int]

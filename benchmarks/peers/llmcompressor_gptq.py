@@ -1,4 +1,4 @@
-"""The peer's half of gptq_speed.py: run with the interpreter of an environment that has llm-compressor.
+"""llm-compressor's half of peer_speed.py: run with the interpreter of an environment that has llm-compressor.
 
 usage: llmcompressor_gptq.py MODEL TOKENS.safetensors   (tensors "calibration" and "evaluation", int64 [N, L])
 """
@@ -7,6 +7,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -15,19 +16,8 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-
-@torch.no_grad()
-def perplexity(model, windows):
-    """exp of the mean window loss, fp32."""
-    model = model.float().eval()
-    losses = []
-    for ids in windows.split(4):
-        logits = model(input_ids=ids, use_cache=False).logits
-        losses += [
-            torch.nn.functional.cross_entropy(row[:-1], window[1:]).item()
-            for row, window in zip(logits, ids, strict=True)
-        ]
-    return torch.tensor(losses, dtype=torch.float64).mean().exp().item()
+sys.path.append(str(Path(__file__).parent))
+from scoring import perplexity
 
 
 def main():

@@ -81,6 +81,7 @@ def run(request: Request) -> Quantized:
                 prepared.dtype,
                 prepared.device,
                 hidden_budget(request.memory, prepared.plan),
+                request.gpu_memory,
                 prepared.seed,
                 Progress(request.on_block),
             ).execute()

@@ -95,6 +95,12 @@ def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> N
     machine.add_argument(
         "--memory", type=_size, metavar="8GiB", help="memory budget; hidden states beyond it go to disk"
     )
+    machine.add_argument(
+        "--gpu-memory",
+        type=_size,
+        metavar="24GiB",
+        help="budget on a GPU; the least that a block needs goes beyond",
+    )
     _add_model_options(parser)
 
 

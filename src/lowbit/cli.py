@@ -75,6 +75,7 @@ def _request(arguments: argparse.Namespace, **more: Any) -> Any:
         "device",
         "dtype",
         "memory",
+        "gpu_memory",
         "revision",
         "trust_remote_code",
     )

@@ -49,6 +49,7 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     memory: int | None = None
+    gpu_memory: int | None = None
     restart: bool = False
     revision: str | None = None
     trust_remote_code: bool = False

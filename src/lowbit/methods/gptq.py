@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..numerics.feedback import sweep
+from ..numerics.feedback import RoundTile, sweep
 from ..numerics.grid import Grid, fit_range, to_codes, to_levels, unit_shape
 from ..numerics.qtensor import QTensor
 from ..numerics.scales import relative_scale
@@ -91,7 +91,7 @@ class GPTQ:
         columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
         _, width = unit_shape(weight.shape, grid.spec.block)
         column = _Columns(grid, weight.shape, (columns // width).tolist())
-        sweep(weight[:, columns], factor, column.round, block=self.block, drift=drift)
+        sweep(weight[:, columns], factor, column.round, block=self.block, drift=drift, round_tile=column.round_tile)
         return QTensor(column.codes(columns), grid)
 
     def _sweep_dynamic(
@@ -127,7 +127,15 @@ class GPTQ:
                 seen = Stats(gram=Gram.of(h[chosen][:, chosen], stats.tokens), tokens=stats.tokens)
                 column.set(begin // width, fit(values, of_group, seen))
 
-        sweep(weight[:, columns], factor, column.round, block=block, open_block=fit_groups, drift=drift)
+        sweep(
+            weight[:, columns],
+            factor,
+            column.round,
+            block=block,
+            open_block=fit_groups,
+            drift=drift,
+            round_tile=column.round_tile,
+        )
         return QTensor(column.codes(columns), column.grid(), order)
 
 
@@ -183,6 +191,22 @@ class _Columns:
         else:
             levels.copy_(to_levels(values / scale, self.number))
         return levels * scale
+
+    @property
+    def round_tile(self) -> RoundTile | None:
+        """Rounds many columns in one kernel, where that can be: integers, on a GPU."""
+        if not (self.levels.is_cuda and isinstance(self.number, Int)):
+            return None
+        from ..numerics.feedback_kernel import round_tile
+
+        group = torch.tensor(self.group, dtype=torch.int32, device=self.levels.device)
+
+        def rounds(first: int, columns: Tensor, errors: Tensor, shares: Tensor) -> None:
+            part = slice(first, first + len(columns))
+            levels = self.levels[part]
+            round_tile(columns, errors, shares, group[part], self.scale, self.limits, self.offset, levels)
+
+        return rounds
 
     def grid(self) -> Grid:
         """The grid as the sweep left it."""

@@ -7,12 +7,14 @@ exactly, so a block need not be replayed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from .precision import bf16_units
+from .precision import add_product, exact_products
 
-_TILE = 512
+_TILE = {"cpu": 512, "cuda": 2048}
 """Columns of a Gram tile. Only tiles on and above the diagonal are computed, 5/8 of the work at four tiles a side."""
 
 
@@ -28,22 +30,26 @@ class Gram:
         width = x.shape[-1]
         if self._sum is None:
             self._sum = torch.zeros(width, width, device=x.device)
-        with bf16_units(x):
-            x = x.float()
-            for a in range(0, width, _TILE):
-                self._sum[a : a + _TILE, a:].addmm_(x[:, a : a + _TILE].T, x[:, a:])
+        with exact_products(x) as x:
+            for tile in self._tiles(width):
+                add_product(self._sum[tile, tile.start :], x[:, tile].T, x[:, tile.start :])
         self.count += x.shape[0]
 
     @property
     def matrix(self) -> Tensor:
         """The full symmetric matrix Σ x xᵀ (not divided by the count), to be read only: it is the statistic itself."""
         assert self._sum is not None, "no inputs were observed"
-        for a in range(0, len(self._sum), _TILE):
-            upper = self._sum[a : a + _TILE, a:].triu()
+        for tile in self._tiles(len(self._sum)):
+            upper = self._sum[tile, tile.start :].triu()
             upper[:, : len(upper)] += upper[:, : len(upper)].triu(1).T
-            self._sum[a : a + _TILE, a:] = upper
-            self._sum[a:, a : a + _TILE] = upper.T
+            self._sum[tile, tile.start :] = upper
+            self._sum[tile.start :, tile] = upper.T
         return self._sum
+
+    def _tiles(self, width: int) -> Iterator[slice]:
+        assert self._sum is not None
+        step = _TILE["cuda" if self._sum.is_cuda else "cpu"]
+        return (slice(start, start + step) for start in range(0, width, step))
 
     @staticmethod
     def of(matrix: Tensor, count: int) -> Gram:

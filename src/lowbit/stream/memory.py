@@ -1,12 +1,24 @@
-"""Memory that is free but still counted: glibc keeps the pages of tensors below its threshold of 32 MB."""
+"""Memory that is free and still counted, on the host and on a GPU."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
+import torch
+
 
 def release_memory() -> None:
-    """Give freed pages back to the system, so that what comes next does not come on top."""
+    """Give freed pages back to the system, so that what comes next does not come on top.
+
+    glibc keeps those of tensors below its threshold of 32 MB.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def gpu_room(device: torch.device, limit: int | None) -> int:
+    """Bytes of a GPU that may still be taken: of those free, and of `limit`, all that this process is to take there."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for tensors to come
+    free = torch.cuda.mem_get_info(device)[0] + kept
+    return free if limit is None else min(free, limit - torch.cuda.memory_allocated(device))

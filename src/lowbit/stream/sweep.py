@@ -10,9 +10,12 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ from .block import Outcome, quantize_block
 from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
 from .learning import WholeModel
-from .memory import release_memory
+from .memory import gpu_room, release_memory
 from .plan import Plan
 from .prologue import Calls, run_prologue
 from .provenance import Piece
@@ -59,6 +62,8 @@ class Sweep:
     dtype: torch.dtype
     device: torch.device
     hidden_budget: int
+    gpu_budget: int | None = None
+    """Bytes of a GPU that the run may take; None for all that are free."""
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
     _turning: Turning | None = field(default=None, init=False)
@@ -76,7 +81,7 @@ class Sweep:
         if self.plan.recipe.calibrated and finished < count:
             streams, start = self._begin(finished)
         saver = _Snapshots(self.run, streams)
-        with Prefetch(self.checkpoint) as ahead:
+        with Prefetch(self.checkpoint) as ahead, _Writer(self.device.type == "cuda") as writer:
             if start < count and (start == finished or self.plan.recipe.float_stream):
                 ahead.start(self._names(start))
             for index in range(start, count):
@@ -87,7 +92,7 @@ class Sweep:
                     self._replay(index, block, ahead, text, count, finished)
                 else:
                     self.progress.block(index, count, None)
-                    advanced = self._quantize(index, block, ahead, text).advanced
+                    advanced = self._quantize(index, block, ahead, text, writer).advanced
                 if text is not None and streams is not None and index + 1 < count:
                     streams.advance(text, None if advanced else block)
                     saver.maybe_save(index + 1)
@@ -112,14 +117,14 @@ class Sweep:
         install(block, layers, rest, self.dtype, self.device)
 
     def _tensors(self, index: int, ahead: Prefetch) -> dict[str, Tensor]:
-        """The block's checkpoint tensors by name within it, read ahead; the next block's reading begins."""
+        """The block's checkpoint tensors by name within it, on the device; the next block's reading begins."""
         cut = len(self.plan.anatomy.full_name(index, "")) + 1
-        tensors = {name[cut:]: tensor for name, tensor in ahead.result().items()}
+        tensors = {name[cut:]: tensor.to(self.device) for name, tensor in ahead.result().items()}
         if index + 1 < len(self.plan.anatomy.blocks):
             ahead.start(self._names(index + 1))
         return tensors
 
-    def _quantize(self, index: int, block: nn.Module, ahead: Prefetch, text: Text | None) -> Outcome:
+    def _quantize(self, index: int, block: nn.Module, ahead: Prefetch, text: Text | None, writer: _Writer) -> Outcome:
         began = time.perf_counter()
         anatomy, prefix = self.plan.anatomy, self.plan.anatomy.full_name(index, "")
         tensors = self._tensors(index, ahead)
@@ -128,7 +133,7 @@ class Sweep:
         work = self._work(index, block, tensors)
         outcome = quantize_block(work, text, seed=self.seed * 100_003 + index)
         report = _report(prefix, outcome)
-        self.run.write_block(index, prefix, outcome.layers, outcome.rest, report)
+        writer.start(partial(self.run.write_block, index, prefix, outcome.layers, outcome.rest, report))
         seconds = time.perf_counter() - began
         self.run.log({"block": prefix, "seconds": round(seconds, 3)})
         self.progress.block(index, len(anatomy.blocks), {**report, "seconds": seconds})
@@ -188,7 +193,7 @@ class Sweep:
             self.device,
             *(() if self._turning is None else (self._turning.rows,)),
         )
-        streams = Streams(calls, hidden, self.device, self.hidden_budget)
+        streams = Streams(calls, hidden, self.device, self._spare)
         if trains:
             streams.split(share, self.run.path / SCRATCH, home)
         for block in range(finished, 0, -1):
@@ -199,9 +204,20 @@ class Sweep:
         return streams, 0
 
     def _home(self) -> torch.device:
-        """Where hidden states live: on the GPU if they take less than a third of what is free there."""
-        roomy = self.device.type == "cuda" and 3 * self.plan.hidden_bytes < torch.cuda.mem_get_info(self.device)[0]
-        return self.device if roomy else torch.device("cpu")
+        """Where hidden states live: on the GPU if they take less than two fifths of what may be had there."""
+        if self.device.type == "cuda" and 5 * self.plan.hidden_bytes < 2 * gpu_room(self.device, self.gpu_budget):
+            return self.device
+        return torch.device("cpu")
+
+    def _spare(self, taken: int) -> int:
+        """Bytes that may be kept between the passes over a block, `taken` being the hidden states in memory.
+
+        On a GPU it is half of what the work on the block leaves.
+        """
+        spare = self.hidden_budget - taken
+        if self.device.type == "cuda":
+            spare = min(spare, (gpu_room(self.device, self.gpu_budget) - self.plan.working_bytes) // 2)
+        return max(0, spare)
 
     def _names(self, index: int) -> tuple[str, ...]:
         return self.checkpoint.names(self.plan.anatomy.full_name(index, "") + ".")
@@ -257,8 +273,8 @@ class Streams:
     `targets` are the next block's `clean` in the making, since training still reads the old ones.
     """
 
-    def __init__(self, calls: Calls, inputs: HiddenStates, device: torch.device, budget: int) -> None:
-        self._calls, self._inputs, self._device, self._budget = calls, inputs, device, budget
+    def __init__(self, calls: Calls, inputs: HiddenStates, device: torch.device, spare: Callable[[int], int]) -> None:
+        self._calls, self._inputs, self._device, self._spare = calls, inputs, device, spare
         self._clean: HiddenStates | None = None
         self._targets: HiddenStates | None = None
 
@@ -280,15 +296,12 @@ class Streams:
             return self._inputs[a].shape == self._inputs[b].shape and self._calls.alike(index, a, b)
 
         onward = index + 1 < len(self._calls.by_block)
-        return Text(call, self._inputs, self._clean, self._targets, onward, alike, self._spare())
+        return Text(call, self._inputs, self._clean, self._targets, onward, alike, self._spare(self._taken()))
 
-    def _spare(self) -> int:
-        """Bytes of the budget that hidden states leave, and of a GPU at most half of what is free there."""
+    def _taken(self) -> int:
+        """Bytes of all states in memory."""
         streams = (self._inputs, self._clean, self._targets)
-        spare = self._budget - sum(states.nbytes for states in streams if states is not None)
-        if self._device.type == "cuda":
-            spare = min(spare, torch.cuda.mem_get_info(self._device)[0] // 2)
-        return max(0, spare)
+        return sum(states.nbytes for states in streams if states is not None)
 
     def advance(self, text: Text, block: nn.Module | None) -> None:
         """Go on to the next block: send the quantized stream through the finished one, if that is still to be done.
@@ -317,6 +330,42 @@ class Streams:
         for states in (self._inputs, self._clean, self._targets):
             if states is not None:
                 states.clear()
+
+
+class _Writer:
+    """Writes a finished block while the next one is worked on, never more than one behind; or at once.
+
+    Where a GPU works, the CPU is free to pack codes. Leaving it waits for what is being written, also after an error:
+    a block that was finished stays finished.
+    """
+
+    def __init__(self, behind: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lowbit-write") if behind else None
+        self._pending: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Write; raises what writing the block before has raised."""
+        if self._pool is None:
+            write()
+            return
+        self._wait()
+        self._pending = self._pool.submit(write)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        if error is None:
+            self._wait()
 
 
 class _Snapshots:
