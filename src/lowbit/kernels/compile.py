@@ -1,0 +1,100 @@
+"""CUDA C++ beside this file, compiled for the constants of one use when it is first needed.
+
+torch brings the run-time compiler and the driver's library. Its own way of starting a kernel has no launch attributes,
+of which one matters here: a kernel that may begin while the one before it ends (`meet_neighbours` in `ptx.cuh`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Constants = tuple[tuple[str, int], ...]
+"""Names and values that the host puts in front of a source."""
+
+PRELUDE = ("ptx.cuh", "codes.cuh")
+"""What stands before every kernel."""
+_UNASKED = 48 * 1024
+"""Bytes of shared memory from which on a block has to ask for it."""
+_OVERLAPS = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which a number is used."""
+
+    _fields_ = (("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+class Kernel:
+    """A compiled kernel on one device."""
+
+    def __init__(self, name: str, constants: Constants, device: int, shared: int) -> None:
+        from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
+
+        self.device, self.shared = device, shared
+        self._check, self._driver = _check_cuda, _get_gpu_runtime_library()
+        with torch.cuda.device(device):
+            self._compiled = torch.cuda._compile_kernel(source(name, constants), name)
+            if shared >= _UNASKED:
+                self._compiled.set_shared_memory_config(shared)
+        self._attributes = (_Attribute * 1)(_Attribute(id=_OVERLAPS, value=1))
+
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
+        """Start grid[0] x grid[1] blocks of `threads` on the current stream."""
+        values = [
+            ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
+            for value in arguments
+        ]
+        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        launch = _Launch(
+            (ctypes.c_uint * 3)(*grid, 1),
+            (ctypes.c_uint * 3)(threads, 1, 1),
+            self.shared,
+            torch.cuda.current_stream(self.device).cuda_stream,
+            self._attributes,
+            len(self._attributes),
+        )
+        with torch.cuda.device(self.device):
+            self._check(self._driver.cuLaunchKernelEx(ctypes.byref(launch), self._compiled.func, places, None))
+
+
+@cache
+def source(name: str, constants: Constants) -> str:
+    """The whole text of a kernel: constants, what all kernels share, and NAME.cu."""
+    folder = Path(__file__).parent
+    parts = [f"#define {key} {value}" for key, value in constants]
+    parts += [(folder / part).read_text("utf8") for part in (*PRELUDE, f"{name}.cu")]
+    return "\n".join(parts)
+
+
+@cache
+def compiled(name: str, constants: Constants, device: int, shared: int = 0) -> Kernel:
+    """The kernel NAME on a device, started with `shared` bytes of shared memory."""
+    return Kernel(name, constants, device, shared)
+
+
+@cache
+def available(device: int) -> bool:
+    """Whether kernels can be compiled for a device: a Hopper, for which plans were found, in a torch that can."""
+    capable = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+    able = hasattr(torch.cuda, "_compile_kernel") and hasattr(torch.cuda._utils, "_get_gpu_runtime_library")
+    return capable and able

@@ -1,0 +1,198 @@
+// y = x Ŵᵀ for few tokens: every weight is read once and goes through the tensor cores straight from its registers.
+//
+// A warp owns ROWS tiles of 16 output rows and every so-manyth unit of 128 columns. The rows of Ŵ are operand A of
+// mma.m16n8k16, eight tokens are operand B. Which columns a step of 16 takes is free as long as both operands agree, so
+// a lane's share is eight neighbours: one 16-byte load of x feeds two steps, and the codes lie in the order in which
+// they are used. Scales multiply the fp32 sum of a group, so no weight is ever rounded.
+// Warps that share rows add their sums up in shared memory and, where a cluster shares them, in each other's: always in
+// the same order, so the result does not depend on timing.
+//
+// More constants from the host: BIAS; ROWS, TOKENS (tiles of rows and of eight tokens, of a warp); ROW_WARPS, K_WARPS
+// (of a block); CLUSTER (blocks that share rows); DEPTH (units in flight); STAGES (units whose inputs are in shared
+// memory: 0, or 2 and more).
+
+constexpr int FRAGMENTS = ROWS * TOKENS;
+
+__device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_float((u32)bits << 16) : floats(bits).x; }
+
+// Inputs of a lane: eight columns of one token of each tile of eight. Tokens and columns that do not exist are zeros.
+struct Inputs {
+    const uint4* x;
+    int tokens, vectors, first, column;  // 16-byte vectors of a row; this lane's first token and vector
+
+    __device__ __forceinline__ bool there(int vector, int n) const {
+        return vector + column < vectors && first + n * 8 < tokens;
+    }
+    __device__ __forceinline__ const uint4* at(int vector, int n) const {
+        return x + ((first + n * 8) * vectors + vector + column);
+    }
+};
+
+// Straight from memory, by way of L1.
+struct Direct {
+    Inputs inputs;
+    int unit;
+
+    __device__ __forceinline__ uint4 operator()(int block, int n) const {
+        const int vector = unit * 16 + block * 4;
+        return inputs.there(vector, n) ? *inputs.at(vector, n) : make_uint4(0, 0, 0, 0);
+    }
+};
+
+// From a stage of shared memory that the warps of one unit have filled together, ahead of time.
+struct Staged {
+    uint4* stage;  // [4 blocks][TOKENS][32]
+    int lane;
+
+    __device__ __forceinline__ uint4 operator()(int block, int n) const {
+        return stage[(block * TOKENS + n) * 32 + lane];
+    }
+
+    __device__ __forceinline__ void fill(const Inputs& inputs, int unit, int units, int row_warp) const {
+        if (unit < units) {
+#pragma unroll
+            for (int i = 0; i < (4 * TOKENS + ROW_WARPS - 1) / ROW_WARPS; i++) {
+                const int slot = i * ROW_WARPS + row_warp, vector = unit * 16 + slot / TOKENS * 4, n = slot % TOKENS;
+                if (4 * TOKENS % ROW_WARPS && slot >= 4 * TOKENS) break;
+                const bool there = inputs.there(vector, n);
+                copy(stage + slot * 32 + lane, there ? inputs.at(vector, n) : inputs.x, there);
+            }
+        }
+        end_copies();
+    }
+};
+
+// All but the youngest STAGES - 2 fillings have arrived, for every warp of the unit, and nobody reads an older one.
+__device__ __forceinline__ void await_stage(int k_warp) {
+    await_copies<STAGES ? STAGES - 2 : 0>();
+    if (ROW_WARPS > 1) meet<ROW_WARPS * 32>(k_warp + 1);
+}
+
+typedef float Sums[ROWS][TOKENS][4];
+
+template <class Read>
+__device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS], const Read& read) {
+    constexpr int SPAN = 4 / GROUPS;  // blocks of 32 columns under one scale
+    Sums part;
+#pragma unroll
+    for (int block = 0; block < 4; block++) {
+        uint4 x[TOKENS];
+#pragma unroll
+        for (int n = 0; n < TOKENS; n++) x[n] = read(block, n);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            u32 a[8];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const u32 off = offset(codes[r], block / SPAN, half);
+#pragma unroll
+                for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes[r], block * 4 + p, half, off);
+            }
+#pragma unroll
+            for (int n = 0; n < TOKENS; n++) {
+                float(&sum)[4] = part[r][n];
+                if (block % SPAN == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+                multiply(sum, a, x[n].x, x[n].y);
+                multiply(sum, a + 4, x[n].z, x[n].w);
+            }
+            if (block % SPAN < SPAN - 1) continue;
+            const float2 scale = floats(codes[r].scale[block / SPAN]);
+#pragma unroll
+            for (int n = 0; n < TOKENS; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) sums[r][n][i] += part[r][n][i] * (i < 2 ? scale.x : scale.y);
+        }
+    }
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& other) {
+    sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+}
+
+#if CLUSTER > 1
+#define TOGETHER __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define TOGETHER
+#endif
+
+extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER product(
+    const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
+    const u16* __restrict__ zero, const uint4* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y,
+    int tokens, int outputs, int vectors, int units, int groups, int shift) {
+    // inputs [K_WARPS][STAGES][4][TOKENS][32], afterwards sums [K_WARPS][FRAGMENTS][ROW_WARPS][32]
+    extern __shared__ float4 shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
+    const int rank = blockIdx.x % CLUSTER;
+    const int tile = (blockIdx.x / CLUSTER * ROW_WARPS + row_warp) * ROWS, last = (outputs - 1) / 16;
+    const int token = blockIdx.y * TOKENS * 8;
+    const Weight weight{low, high, scale, zero, units, groups, shift};
+    const Inputs inputs{x, tokens, vectors, token + lane / 4, lane % 4};
+
+    constexpr int STEP = CLUSTER * K_WARPS;
+    const int begin = rank * K_WARPS + k_warp;
+    Codes ring[DEPTH][ROWS];
+    const auto fetch = [&](Codes(&codes)[ROWS], int unit) {
+        if (unit >= units) return;
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) weight.load(codes[r], min(tile + r, last), unit, lane);
+    };
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) fetch(ring[d], begin + d * STEP);
+    meet_neighbours();
+    const auto stage = [&](int i) {
+        return Staged{reinterpret_cast<uint4*>(shared) + (k_warp * STAGES + i) * 4 * TOKENS * 32, lane};
+    };
+    for (int i = 0; i < STAGES - 1; i++) stage(i).fill(inputs, begin + i * STEP, units, row_warp);
+    int now = 0;
+    Sums sums = {};
+    for (int unit = begin; unit < units; unit += DEPTH * STEP) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            const int here = unit + d * STEP;
+            if (here >= units) break;
+#if STAGES
+            await_stage(k_warp);
+            const int behind = now ? now - 1 : STAGES - 1;
+            stage(behind).fill(inputs, here + (STAGES - 1) * STEP, units, row_warp);
+            add_unit(sums, ring[d], stage(now));
+            now = now + 1 < STAGES ? now + 1 : 0;
+#else
+            add_unit(sums, ring[d], Direct{inputs, here});
+#endif
+            fetch(ring[d], here + DEPTH * STEP);
+        }
+    }
+
+    if (STAGES) __syncthreads();  // the sums take the inputs' place
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; f++) {
+        const float(&sum)[4] = sums[f / TOKENS][f % TOKENS];
+        shared[((k_warp * FRAGMENTS + f) * ROW_WARPS + row_warp) * 32 + lane] =
+            make_float4(sum[0], sum[1], sum[2], sum[3]);
+    }
+    __syncthreads();
+    if (CLUSTER > 1) {
+        for (int f = k_warp; f < FRAGMENTS; f += K_WARPS) {
+            float4* mine = shared + (f * ROW_WARPS + row_warp) * 32 + lane;
+            for (int k = 1; k < K_WARPS; k++) add(*mine, mine[k * FRAGMENTS * ROW_WARPS * 32]);
+        }
+        meet_cluster();
+    }
+    for (int f = rank + CLUSTER * k_warp; f < FRAGMENTS; f += STEP) {
+        const float4* mine = shared + (f * ROW_WARPS + row_warp) * 32 + lane;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int part = 0; part < (CLUSTER > 1 ? CLUSTER : K_WARPS); part++)
+            add(sum, CLUSTER > 1 ? peek(mine, part) : mine[part * FRAGMENTS * ROW_WARPS * 32]);
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = (tile + f / TOKENS) * 16 + lane / 4 + i / 2 * 8;
+            const int to = token + f % TOKENS * 8 + lane % 4 * 2 + i % 2;
+            if (row >= outputs || to >= tokens) continue;
+            y[to * outputs + row] = (u16)packed(values[i] + (BIAS ? exact(bias[row]) : 0.0f), 0.0f);
+        }
+    }
+    if (CLUSTER > 1) meet_cluster();  // nobody leaves while its sums are being read
+}

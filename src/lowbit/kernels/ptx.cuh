@@ -1,0 +1,99 @@
+// The instructions that C++ has no name for, one to a function. Everything else in these kernels is plain C++: the tests
+// put functions of the same names in this file's place and run the very same sources on a CPU.
+//
+// BFLOAT from the host says which 16-bit format is meant: bf16, else fp16. No header is needed, so that the run-time
+// compiler has nothing to look for.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+__device__ __forceinline__ float2 floats(u32 pair) {  // two fp16
+    float2 v;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(v.x), "=f"(v.y) : "r"(pair));
+    return v;
+}
+
+__device__ __forceinline__ u32 minus(u32 a, u32 b) {  // two 16-bit floats at once
+    u32 d;
+#if BFLOAT
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80), "r"(b ^ 0x80008000));
+#else
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+    return d;
+}
+
+// (bits & mask) | power in one instruction, of which the compiler makes two: it has room for one constant only and will
+// not keep the other in a register by itself.
+__device__ __forceinline__ u32 with_power(u32 bits, u32 mask, u32 power) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "r"(mask), "r"(power));
+    return d;
+}
+
+__device__ __forceinline__ u32 packed(float low, float high) {  // rounded to 16 bits each
+    u32 d;
+#if BFLOAT
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#endif
+    return d;
+}
+
+// sum += A B of mma.m16n8k16: rows of A and columns of B are lane / 4 (and 8 more), four registers and two.
+__device__ __forceinline__ void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+#if BFLOAT
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Weights are read once: they must not push the inputs out of L1. Volatile keeps prefetches where they are written.
+__device__ __forceinline__ uint4 stream(const uint4* at) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+// 16 bytes to shared memory in the background, zeros where there are none.
+__device__ __forceinline__ void copy(uint4* to, const uint4* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int YOUNGER>  // copies that this thread has ended are there, but for so many sets
+__device__ __forceinline__ void await_copies() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(YOUNGER) : "memory");
+}
+
+template <int THREADS>
+__device__ __forceinline__ void meet(int barrier) {  // of a block's threads, so many; 0 is __syncthreads'
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(THREADS) : "memory");
+}
+
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ float4 peek(const float4* at, int rank) {  // the same place in another block of the cluster
+    float4 v;
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"((u32)__cvta_generic_to_shared(at)), "r"(rank) : "memory");
+    return v;
+}
+
+// From here on the next kernel may begin, and everything that earlier ones wrote is there. Before it only weights are
+// read: they have been in place since the model was loaded, so they come in while the kernel before this one ends.
+__device__ __forceinline__ void meet_neighbours() {
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+}

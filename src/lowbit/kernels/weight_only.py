@@ -1,0 +1,168 @@
+"""y = x Ŵᵀ + b for 16-bit inputs and integer weights of 2, 3, 4 or 8 bits (W4A16 and its kin).
+
+Up to `FEW` tokens, the weights' bytes are what takes the time, and `product.cu` reads them once, as codes. For more,
+the library's product on a scratch copy in 16 bits is faster than anything that multiplies codes, and the copy costs a
+few per cent of it. Elsewhere than on a GPU, `reference` is the whole story.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .compile import Constants, available, compiled
+from .layout import COLUMNS, Prepared, restore
+
+FEW = 128
+"""Tokens up to which codes are multiplied."""
+MOST = 8
+"""Tiles of tokens that a warp multiplies at once; more tokens read the weights again."""
+_TOKENS = 8
+"""Tokens of one tensor core operation."""
+_SHARED = 200 * 1024
+"""Bytes of shared memory that a plan may take."""
+_WIDE = {2: (28, 1, 2), 3: (28, 1, 3), 4: (28, 1, 3), 5: (16, 2, 3), 6: (16, 1, 2), 7: (16, 1, 3), 8: (16, 1, 2)}
+"""Most warps of a block, depth and stages, by tiles of tokens: where more than four tiles of rows share x."""
+_NARROW = {2: (32, 1, 3), 3: (16, 1, 3), 4: (20, 2, 3), 5: (16, 2, 3), 6: (16, 1, 3), 7: (12, 2, 3), 8: (8, 2, 4)}
+"""The same for fewer."""
+_MEMORY = 512
+"""Bytes of one operation's fp32 sums in shared memory, and of a block of its inputs."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How `product.cu` shares out the work; see there."""
+
+    rows: int
+    tokens: int
+    row_warps: int
+    k_warps: int
+    cluster: int
+    depth: int
+    stages: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block: inputs first, sums in their place afterwards."""
+        return self.k_warps * self.tokens * max(4 * self.stages, self.row_warps * self.rows) * _MEMORY
+
+    def constants(self) -> Constants:
+        """What the source is compiled with."""
+        names = ("ROWS", "TOKENS", "ROW_WARPS", "K_WARPS", "CLUSTER", "DEPTH", "STAGES")
+        values = (self.rows, self.tokens, self.row_warps, self.k_warps, self.cluster, self.depth, self.stages)
+        return tuple(zip(names, values, strict=True))
+
+
+def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
+    """Inputs [..., K] to outputs [..., N] of their dtype, which the bias [N] shares.
+
+    Kernels take bf16 and fp16 on a device that they know, and have no gradients; all else goes to `reference`.
+    """
+    learning = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if learning or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or not available(x.device.index):
+        return reference(x, weight, bias)
+    assert weight.low.device == x.device, "a weight is prepared where its inputs are"
+    flat = x.reshape(-1, x.shape[-1])
+    if weight.order is not None:
+        flat = flat[:, weight.order]
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    if len(flat) > FEW:
+        y = F.linear(flat, dequantized(weight, x.dtype), bias)
+    else:
+        y = product(flat, weight, bias, plan(len(flat), weight))
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def reference(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
+    """The definition of `linear`, from the prepared codes: exact weights, sums in fp32, rounded once."""
+    codes, scale, zero = restore(weight)
+    groups = scale.shape[1]
+    levels = codes.float().unflatten(1, (groups, -1)) - zero[..., None]
+    values = (levels * scale[..., None]).flatten(1)
+    inputs = x if weight.order is None else x[..., weight.order]
+    return F.linear(inputs.float(), values, None if bias is None else bias.float()).to(x.dtype)
+
+
+def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
+    """Ŵ [N, K] in bf16 or fp16, columns in the order in which they are prepared."""
+    outputs, inputs = weight.shape
+    out = torch.empty(outputs, inputs + -inputs % 8, device=weight.low.device, dtype=dtype)
+    tiles, units = weight.low.shape[:2]
+    kernel = compiled("dequantize", _format(weight, dtype), weight.low.device.index)
+    arguments: list[Tensor | int] = [*_tensors(weight), out, outputs, out.shape[1] // 8, *_counts(weight)]
+    kernel((-(-tiles * units // 8), 1), 256, arguments)
+    return out[:, :inputs]
+
+
+def plan(tokens: int, weight: Prepared) -> Plan:
+    """How to share out a product of a number of tokens on the weight's device."""
+    processors = torch.cuda.get_device_properties(weight.low.device).multi_processor_count
+    return _plan(-(-tokens // _TOKENS), weight.low.shape[0], weight.low.shape[1], processors)
+
+
+def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
+    """x [M, K] Ŵᵀ + b on codes, under a plan."""
+    tokens, inputs = x.shape
+    x = (F.pad(x, (0, -inputs % 8)) if inputs % 8 else x).contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()  # it is read 16 bytes at a time
+    y = torch.empty(tokens, weight.shape[0], device=x.device, dtype=x.dtype)
+    constants = (*_format(weight, x.dtype), ("BIAS", int(bias is not None)), *how.constants())
+    kernel = compiled("product", constants, x.device.index, how.shared)
+    blocks = -(-weight.low.shape[0] // (how.rows * how.row_warps)) * how.cluster
+    sizes = [tokens, weight.shape[0], x.shape[1] // 8, *_counts(weight)]
+    kernel(
+        (blocks, -(-tokens // (how.tokens * _TOKENS))),
+        32 * how.row_warps * how.k_warps,
+        [*_tensors(weight), x, x if bias is None else bias, y, *sizes],
+    )
+    return y
+
+
+@cache
+def _plan(tokens: int, tiles: int, units: int, processors: int) -> Plan:
+    """The plan for tiles of eight tokens, tiles of rows and units of columns: rules read off searches on Hopper.
+
+    One tile of tokens: many warps, each with little to wait for; what they read of x stays in L1. More of them: warps
+    of several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
+    """
+    if tokens == 1:
+        return Plan(1, 1, 1, min(units, 16 if 2 * tiles < 7 * processors else 8), 1, 1, 0)
+    short = units <= 64
+    if tokens == 2 and short and processors < tiles <= 2 * processors:
+        return Plan(2, 2, 1, min(units, 16), 1, 1, 0)
+    tokens = min(tokens, MOST)
+    cluster = 2 if 2 * tiles < 5 * processors and units > 1 and (tokens > 5 or not short) else 1
+    share = tiles * cluster / processors
+    row_warps = math.ceil(share / math.ceil(share / 8))
+    warps, depth, stages = (_WIDE if row_warps > 4 else _NARROW)[tokens]
+    fitting = min(8, units // cluster, warps // row_warps, _SHARED // (tokens * 4 * stages * _MEMORY))
+    return Plan(1, tokens, row_warps, fitting, cluster, depth, stages)
+
+
+def _format(weight: Prepared, dtype: torch.dtype) -> Constants:
+    """What both kernels are compiled with."""
+    return (
+        ("BITS", weight.bits),
+        ("BFLOAT", int(dtype == torch.bfloat16)),
+        ("ZERO", int(weight.zero is not None)),
+        ("WIDE", int(weight.scale.dtype == torch.float32)),
+        ("GROUPS", 1 if weight.group == -1 else max(1, COLUMNS // weight.group)),
+    )
+
+
+def _tensors(weight: Prepared) -> list[Tensor]:
+    """Pointers of a weight; the codes stand for what is not there and not looked at."""
+    return [weight.low, *(weight.low if part is None else part for part in (weight.high, weight.scale, weight.zero))]
+
+
+def _counts(weight: Prepared) -> list[int]:
+    """Units and scales of a tile, log2 of the units that share a scale (all of them: more than there are)."""
+    shift = 30 if weight.group == -1 else max(0, (weight.group // COLUMNS).bit_length() - 1)
+    return [weight.low.shape[1], weight.scale.shape[1], shift]

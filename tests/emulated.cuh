@@ -1,0 +1,190 @@
+// What a kernel's source needs to run on a CPU: CUDA's words, and the functions of ptx.cuh under the same names.
+//
+// Every thread of a cluster is a fibre, and they take turns. The tensor core's operation is spelled out from its
+// documentation (PTX, "Matrix Fragments for mma.m16n8k16"): all 32 lanes hand in their registers and each computes its
+// own four sums. Copies in the background happen as late as they may, so that what is read too early is found out, and
+// shared memory starts as NaN.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __cluster_dims__(x, y, z)
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+struct uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::min;
+
+template <class To, class From>
+inline To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline float __uint_as_float(u32 bits) { return same_bits<float>(bits); }
+inline u32 __float_as_uint(float value) { return same_bits<u32>(value); }
+
+inline float half_value(u32 bits) { return same_bits<_Float16>((u16)bits); }
+inline float value_of(u32 bits) { return BFLOAT ? __uint_as_float(bits << 16) : half_value(bits & 0xffff); }
+inline u32 bits_of(float value) {
+    if (!BFLOAT) return same_bits<u16>((_Float16)value);
+    const u32 bits = __float_as_uint(value);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// --- fibres ---------------------------------------------------------------------------------------------------------
+
+struct Place { u32 x, y; };
+struct Meeting { int here = 0, generation = 0; };
+struct Copy { uint4* to; uint4 what; };
+struct Warp { Meeting meeting; u32 a[32][4], b[32][2]; };
+struct Block { std::vector<float4> memory; Meeting meetings[16]; std::deque<Warp> warps; };
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Place thread, block;
+    int rank;
+    bool done = false;
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> ended;
+};
+
+static std::vector<std::unique_ptr<Fibre>> fibres;
+static std::deque<Block> blocks;
+static Meeting of_cluster;
+static ucontext_t turns;
+static Fibre* current;
+static long progress;
+
+#define threadIdx (current->thread)
+#define blockIdx (current->block)
+
+inline void yield() { swapcontext(&current->context, &turns); }
+inline void meet_at(Meeting& meeting, int threads) {
+    const int generation = meeting.generation;
+    if (++meeting.here == threads) {
+        meeting.here = 0, meeting.generation++, progress++;
+    } else {
+        while (meeting.generation == generation) yield();
+    }
+}
+inline Block& block_here() { return blocks[current->rank]; }
+inline float4* block_memory() { return block_here().memory.data(); }
+inline int block_threads() { return fibres.size() / blocks.size(); }
+
+// --- the functions of ptx.cuh ---------------------------------------------------------------------------------------
+
+inline float2 floats(u32 pair) { return {half_value(pair & 0xffff), half_value(pair >> 16)}; }
+inline u32 packed(float low, float high) { return bits_of(low) | bits_of(high) << 16; }
+inline u32 with_power(u32 bits, u32 mask, u32 power) { return (bits & mask) | power; }
+inline u32 minus(u32 a, u32 b) {
+    return packed(value_of(a & 0xffff) - value_of(b & 0xffff), value_of(a >> 16) - value_of(b >> 16));
+}
+inline uint4 stream(const uint4* at) { return *at; }
+
+inline void copy(uint4* to, const uint4* from, bool there) {
+    current->open.push_back({to, there ? *from : uint4{0, 0, 0, 0}});
+}
+inline void end_copies() { current->ended.push_back(std::move(current->open)), current->open.clear(); }
+template <int YOUNGER>
+inline void await_copies() {
+    for (; (int)current->ended.size() > YOUNGER; current->ended.pop_front())
+        for (const Copy& one : current->ended.front()) *one.to = one.what;
+}
+
+template <int THREADS>
+inline void meet(int barrier) { meet_at(block_here().meetings[barrier], THREADS); }
+inline void __syncthreads() { meet_at(block_here().meetings[0], block_threads()); }
+inline void meet_cluster() { meet_at(of_cluster, fibres.size()); }
+inline void meet_neighbours() {}
+inline float4 peek(const float4* at, int rank) { return blocks[rank].memory[at - block_memory()]; }
+
+inline void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    Warp& warp = block_here().warps[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    std::copy(a, a + 4, warp.a[lane]);
+    warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+    meet_at(warp.meeting, 32);
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const u32 left = warp.a[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+            const u32 right = warp.b[column * 4 + k % 8 / 2][k / 8];
+            sum[i] += value_of(left >> k % 2 * 16 & 0xffff) * value_of(right >> k % 2 * 16 & 0xffff);
+        }
+    }
+    meet_at(warp.meeting, 32);
+}
+
+// --- starting a kernel ----------------------------------------------------------------------------------------------
+
+template <class... P, size_t... I>
+inline void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
+    kernel(*static_cast<P*>(arguments[I])...);
+}
+template <class... P>
+inline void call(void (*kernel)(P...), void** arguments) {
+    call(kernel, arguments, std::index_sequence_for<P...>{});
+}
+
+static void (*body)(void**);
+static void** given;
+static void live() {
+    body(given);
+    current->done = true, progress++;
+    swapcontext(&current->context, &turns);
+}
+
+static void run_cluster(Place first, int cluster, int threads, size_t bytes) {
+    fibres.clear(), blocks.clear();
+    for (int rank = 0; rank < cluster; rank++) {
+        Block& block = blocks.emplace_back();
+        block.memory.assign(bytes / sizeof(float4), {NAN, NAN, NAN, NAN});
+        block.warps.resize(threads / 32);
+        for (u32 thread = 0; thread < (u32)threads; thread++) {
+            Fibre& fibre = *fibres.emplace_back(std::make_unique<Fibre>());
+            const size_t size = 1 << 16;
+            fibre.stack = std::make_unique<char[]>(size);
+            fibre.thread = {thread, 0}, fibre.block = {first.x + rank, first.y}, fibre.rank = rank;
+            getcontext(&fibre.context);
+            fibre.context.uc_stack.ss_sp = fibre.stack.get(), fibre.context.uc_stack.ss_size = size;
+            makecontext(&fibre.context, live, 0);
+        }
+    }
+    for (bool left = true; left;) {
+        left = false;
+        const long before = progress;
+        for (auto& fibre : fibres) {
+            if (fibre->done) continue;
+            current = fibre.get(), left = true;
+            swapcontext(&turns, &fibre->context);
+        }
+        if (left && progress == before) std::fputs("threads wait for each other for ever\n", stderr), std::abort();
+    }
+}
+
+static void run(void (*kernel)(void**), void** arguments, const u32* grid, int threads, int cluster, size_t bytes) {
+    body = kernel, given = arguments;
+    for (u32 y = 0; y < grid[1]; y++)
+        for (u32 x = 0; x < grid[0]; x += cluster) run_cluster({x, y}, cluster, threads, bytes);
+}

@@ -1,0 +1,382 @@
+"""The kernels against their definition: their very sources on a CPU (`emulated.cuh`), and compiled on a GPU.
+
+On a CPU, the host's code is the real one too, down to the grid and the arguments of a kernel; only the compiler, and
+the functions of `ptx.cuh`, are others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.kernels import compile as compiling
+from lowbit.kernels import layout, weight_only
+from lowbit.kernels.layout import Prepared, prepare, refusal, restore
+from lowbit.kernels.weight_only import Plan
+from lowbit.numerics.grid import Grid, fit_range
+from lowbit.numerics.qtensor import QTensor
+from lowbit.numerics.spec import NF4, Int, Spec, kquant, per_group, per_tensor
+
+HERE = Path(__file__).parent
+GPU = torch.cuda.is_available() and weight_only.available(torch.cuda.current_device())
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float16]
+FORMATS = [
+    (4, "symmetric", 128, "half"),
+    (4, "asymmetric", 32, "half"),
+    (4, "symmetric-unsigned", -1, "half"),
+    (4, "asymmetric", 64, "float32"),
+    (8, "symmetric", -1, "float32"),
+    (8, "asymmetric", 64, "half"),
+    (3, "symmetric", 32, "half"),
+    (3, "asymmetric", 128, "half"),
+    (2, "asymmetric", 64, "half"),
+    (2, "symmetric", -1, "bfloat16"),
+]
+"""Bits, rule, group, scales."""
+
+
+def quantized(rows: int, columns: int, spec: Spec, device: str = "cpu") -> QTensor:
+    """Random codes that use the whole range of a format, on a grid of uneven scales."""
+    weight = torch.randn(rows, columns, device=device) * torch.rand(rows, 1, device=device)
+    grid = fit_range(weight, spec)
+    assert isinstance(spec.number, Int)
+    codes = torch.randint(spec.number.low, spec.number.high + 1, weight.shape, device=device)
+    codes = codes.to(torch.int8 if spec.number.signed else torch.uint8)
+    if grid.zero is not None and not spec.number.symmetric:
+        grid = replace(grid, zero=torch.randint_like(grid.zero, 0, 1 << spec.bits))
+    return QTensor(codes, grid)
+
+
+def spec_of(bits: int, rule: str, group: int, scale: str) -> Spec:
+    return Spec(Int(bits, rule), (1, group), scale)  # type: ignore[arg-type]
+
+
+def exact(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ weight.dequantize().double().T
+    return y if bias is None else y + bias.double()
+
+
+def close(found: Tensor, x: Tensor, weight: QTensor, bias: Tensor | None = None) -> None:
+    """One rounding to the output's format, and fp32 sums: errors of 1e-5 of what was added up."""
+    expected = exact(x, weight, bias)
+    added = x.double().abs() @ weight.dequantize().double().abs().T
+    unit = torch.finfo(found.dtype).eps / 2
+    assert torch.isfinite(found).all()
+    assert ((found.double() - expected).abs() <= unit * expected.abs() + 1e-5 * added + 1e-7).all()
+
+
+# --- the layout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (1, 96), (33, 192), (40, 640)], ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_prepare_keeps_every_code_and_scale(form: tuple[int, str, int, str], shape: tuple[int, int]) -> None:
+    spec = spec_of(*form)
+    if shape[1] % spec.group and spec.group != -1:
+        spec = replace(spec, block=(1, 32))
+    weight = quantized(*shape, spec)
+    codes, scale, zero = restore(prepare(weight))
+    number = spec.number
+    assert isinstance(number, Int)
+    assert torch.equal(codes, (weight.codes.int() - number.low).to(torch.uint8))
+    assert torch.equal(scale, weight.grid.scale)
+    expected = torch.full_like(scale, 1 << (number.bits - 1)) if weight.grid.zero is None else weight.grid.zero
+    assert torch.equal(zero, expected)
+
+
+def test_prepared_codes_take_their_bits_and_no_more() -> None:
+    for bits in layout.WIDTHS:
+        prepared = prepare(quantized(32, 256, per_group(Int(bits), 128)))
+        parts = [part for part in (prepared.low, prepared.high) if part is not None]
+        assert sum(part.numel() * 32 for part in parts) == 32 * 256 * bits
+        assert prepared.scale.dtype == torch.float16 and prepared.scale.numel() == 64
+
+
+def test_a_scale_for_the_whole_tensor_is_one_for_every_row() -> None:
+    weight = quantized(20, 100, per_tensor(Int(4)))
+    x = torch.randn(3, 100).bfloat16()
+    close(weight_only.linear(x, prepare(weight)), x, weight)
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (QTensor(torch.zeros(4, 64, dtype=torch.uint8), Grid(Spec(NF4, (1, 64)), torch.ones(4, 1))), "codes are nf4"),
+        (quantized(4, 64, per_group(Int(5), 32)), "codes are int5"),
+        (quantized(4, 96, per_group(Int(4), 48)), "groups have 48 columns"),
+        (quantized(4, 768, per_group(Int(4), 384)), "groups have 384 columns"),
+        (quantized(4, 256, kquant(4)), "least value"),
+        (quantized(8, 64, Spec(Int(4), (4, 64))), "several rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_no_kernel_knows_is_refused(weight: QTensor, words: str) -> None:
+    assert words in (refusal(weight) or "")
+    with pytest.raises(ValueError, match=rf"no kernel for this weight, since .*{words}.*: use its dense copy"):
+        prepare(weight)
+
+
+def test_zero_points_outside_a_byte_are_refused() -> None:
+    weight = quantized(4, 64, per_group(Int(4, "asymmetric"), 32))
+    assert weight.grid.zero is not None
+    weight.grid.zero[1, 1] = -3
+    assert "zero-points" in (refusal(weight) or "")
+
+
+# --- the definition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_definition_is_the_dequantized_weight(form: tuple[int, str, int, str], dtype: torch.dtype) -> None:
+    weight = quantized(17, 256, spec_of(*form))
+    x, bias = torch.randn(2, 3, 256).to(dtype), torch.randn(17).to(dtype)
+    found = weight_only.reference(x, prepare(weight), bias)
+    assert found.shape == (2, 3, 17)
+    close(found.flatten(0, 1), x.flatten(0, 1), weight, bias)
+
+
+def test_columns_may_be_sorted_by_group() -> None:
+    weight = replace(quantized(9, 128, per_group(Int(4), 32)), order=torch.randperm(128))
+    x = torch.randn(5, 128).half()
+    close(weight_only.linear(x, prepare(weight)), x, weight)
+
+
+def test_inputs_that_no_kernel_takes_go_to_the_definition() -> None:
+    weight = quantized(9, 128, per_group(Int(4), 32)), torch.randn(0, 128).bfloat16()
+    assert weight_only.linear(weight[1], prepare(weight[0])).shape == (0, 9)
+    x = torch.randn(5, 128, device=DEVICE)
+    found = weight_only.linear(x, prepare(QTensor(weight[0].codes.to(DEVICE), weight[0].grid.to(DEVICE))))
+    torch.testing.assert_close(found.cpu(), (x.cpu() @ weight[0].dequantize().T), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_pass() -> None:
+    weight = quantized(9, 128, per_group(Int(4), 32))
+    x = torch.randn(3, 128, device=DEVICE).bfloat16().requires_grad_()
+    prepared = prepare(QTensor(weight.codes.to(DEVICE), weight.grid.to(DEVICE)))
+    (gradient,) = torch.autograd.grad(weight_only.linear(x, prepared).sum(), x)
+    torch.testing.assert_close(gradient[1].float().cpu(), weight.dequantize().sum(0), rtol=2**-7, atol=1e-2)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processors", [132, 78])
+def test_plans_fit_the_device(processors: int) -> None:
+    """Threads, shared memory, barriers and clusters within limits, no warp without a unit, every tile owned."""
+    for tokens in range(1, 17):
+        for tiles in (1, 2, 43, 64, 256, 384, 896, 1792, 8016):
+            for units in (1, 2, 3, 6, 32, 112, 224):
+                plan = weight_only._plan(tokens, tiles, units, processors)
+                assert 32 * plan.row_warps * plan.k_warps <= 1024
+                assert plan.shared <= 200 * 1024
+                assert plan.k_warps * plan.cluster <= units and plan.cluster in (1, 2)
+                assert plan.stages != 1 and plan.depth >= 1 and 1 <= plan.tokens <= weight_only.MOST
+                assert plan.stages == 0 or plan.row_warps == 1 or plan.k_warps < 16
+
+
+# --- the sources on a CPU ---------------------------------------------------------------------------------------------
+
+needs_gcc = pytest.mark.skipif(shutil.which("g++") is None or GPU, reason="needs g++, and runs where there is no GPU")
+
+
+class Emulated:
+    """A kernel's source, compiled for the CPU; called like `compile.Kernel`."""
+
+    def __init__(self, folder: Path, name: str, constants: compiling.Constants, shared: int) -> None:
+        text = compiling.source(name, constants)
+        prelude = (Path(compiling.__file__).parent / "ptx.cuh").read_text("utf8")
+        declared = "extern __shared__ float4 shared[];"
+        assert prelude in text
+        text = text.replace(prelude, f'#include "{HERE / "emulated.cuh"}"\n')
+        text = text.replace(declared, "float4* shared = block_memory();")
+        text += f"""
+            extern "C" void launch(void** arguments, const u32* grid, int threads, int cluster, size_t bytes) {{
+                run([](void** given) {{ call({name}, given); }}, arguments, grid, threads, cluster, bytes);
+            }}"""
+        library = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+        if not library.exists():
+            flags = ["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++", "-"]
+            subprocess.run(["g++", *flags, "-o", library], input=text.encode(), check=True)
+        self._launch = ctypes.CDLL(str(library)).launch
+        self._cluster, self._shared = dict(constants).get("CLUSTER", 1), shared
+
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
+        values = [
+            ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
+            for value in arguments
+        ]
+        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        size = ctypes.c_size_t(self._shared)
+        self._launch(places, (ctypes.c_uint * 2)(*grid), threads, self._cluster, size)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real host code starts emulated kernels, and memory that nobody wrote is NaN."""
+
+    def compiled(name: str, constants: compiling.Constants, _device: object, shared: int = 0) -> Emulated:
+        return Emulated(folder, name, constants, shared)
+
+    def empty(*shape: int, **options: object) -> Tensor:
+        return torch.full(shape, float("nan"), **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(weight_only, "compiled", compiled)
+    monkeypatch.setattr(weight_only.torch, "empty", empty)
+
+
+ALONE = Plan(1, 1, 1, 4, 1, 2, 0)
+PLANS = [
+    Plan(2, 2, 1, 2, 1, 1, 0),
+    Plan(1, 2, 3, 2, 2, 1, 3),
+    Plan(1, 3, 2, 1, 2, 2, 2),
+    Plan(1, 1, 1, 2, 4, 1, 2),
+    Plan(1, 8, 4, 1, 1, 2, 3),
+]
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_the_source_multiplies_every_format(form: tuple[int, str, int, str], dtype: torch.dtype) -> None:
+    weight = quantized(35, 640, spec_of(*form))
+    prepared = prepare(weight)
+    for tokens in (1, 5):
+        x = torch.randn(tokens, 640).to(dtype)
+        close(weight_only.product(x, prepared, None, ALONE), x, weight)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_the_source_shares_out_the_work_in_every_way(plan: Plan) -> None:
+    """Odd numbers of outputs, inputs and tokens; fewer units than warps."""
+    for rows, columns, group, counts in ((65, 700, -1, (1, 17)), (16, 128, 64, (9,)), (97, 1184, 32, (16,))):
+        weight = quantized(rows, columns, per_group(Int(4, "asymmetric"), group))
+        prepared = prepare(weight)
+        for tokens in counts:
+            x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
+            close(weight_only.product(x, prepared, bias, plan), x, weight, bias)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+def test_inputs_may_lie_anywhere() -> None:
+    """Rows of a larger tensor, transposed ones, and such as begin between two multiples of 16 bytes."""
+    weight = quantized(35, 640, per_group(Int(4), 128))
+    prepared = prepare(weight)
+    for x in (torch.randn(3, 700)[:, 7:647], torch.randn(640, 3).T, torch.randn(3 * 640 + 1)[1:].view(3, 640)):
+        # `.bfloat16()` makes a tensor of its own, so these are views of a 16-bit one
+        whole = torch.empty(3 * 700 + 8).bfloat16()
+        view = torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
+        view.copy_(x)
+        close(weight_only.product(view, prepared, None, ALONE), view, weight)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_the_source_dequantizes_to_the_last_bit(form: tuple[int, str, int, str]) -> None:
+    weight = quantized(35, 448 if form[2] != 128 else 384, spec_of(*form))
+    for dtype in DTYPES:
+        assert torch.equal(weight_only.dequantized(prepare(weight), dtype), weight.dequantize(dtype))
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU that the kernels know")
+
+
+def on_device(weight: QTensor, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Prepared, Tensor]:
+    rows, columns = weight.shape
+    x = torch.randn(tokens, columns, device=DEVICE).to(dtype)
+    return x, prepare(weight), torch.randn(rows, device=DEVICE).to(dtype)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch fills new memory with NaN while it is deterministic."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_the_gpu_agrees_with_fp64(form: tuple[int, str, int, str], dtype: torch.dtype) -> None:
+    wide = 1152 if form[2] == -1 else 1280
+    cases = {
+        (35, 640): (*range(1, 18), 0),
+        (1, 128): (1, 7),
+        (2051, wide): (2, 16, 24, 33, 48, 64, 65, 128),
+        (6144, 4096): (1, 16, 64),
+    }
+    for (rows, columns), counts in cases.items():
+        weight = quantized(rows, columns, spec_of(*form), DEVICE)
+        for tokens in counts:
+            x, prepared, bias = on_device(weight, dtype, tokens)
+            close(weight_only.linear(x, prepared, bias), x, weight, bias)
+        assert torch.equal(weight_only.dequantized(prepared, dtype), weight.dequantize(dtype))
+    close(weight_only.linear(x, prepared), x, weight)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("poisoned")
+def test_many_tokens_take_the_library_and_odd_columns_are_padded() -> None:
+    weight = quantized(515, 700, per_group(Int(4, "asymmetric"), -1), DEVICE)
+    for dtype in DTYPES:
+        for tokens in (3, 300):
+            x, prepared, bias = on_device(weight, dtype, tokens)
+            found, expected = weight_only.linear(x, prepared, bias).double(), exact(x, weight, bias)
+            assert (found - expected).norm() < 4e-3 * expected.norm()
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_kernels_in_a_row_see_each_others_results() -> None:
+    """A kernel may begin before the one ahead of it ends: its inputs must be there all the same, a hundred times."""
+    weight = quantized(4096, 4096, per_group(Int(4), 128), DEVICE)
+    weight.grid.scale.mul_(2.0**-3)
+    prepared = prepare(weight)
+    x = torch.randn(4, 4096, device=DEVICE).bfloat16()
+
+    def chain(x: Tensor) -> list[Tensor]:
+        outputs = []
+        for _ in range(4):
+            x = weight_only.linear(x, prepared) * 2.0**-2
+            x = weight_only.linear(weight_only.linear(x, prepared), prepared)
+            outputs.append(x)
+        return outputs
+
+    first = chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = chain(x)
+    for _ in range(100):
+        for output in recorded:
+            output.fill_(float("nan"))
+        graph.replay()
+        for found, expected in zip(recorded, first, strict=True):
+            assert torch.equal(found, expected)
