@@ -41,7 +41,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def tensor_cores() -> Iterator[None]:
     """Let a GPU's tensor cores multiply fp32 matrices with 10 bits of mantissa (TF32) and fp32 sums.
 
-    For training, where the straight-through estimator is the coarser approximation by far; never for what is stored.
+    For training, where the straight-through estimator is the coarser approximation by far, and for telling candidates
+    apart; never for what is stored.
     """
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):  # before torch 2.9

@@ -22,6 +22,7 @@ from ..graph.fold import source_rows
 from ..methods.base import Stats, to_readers, to_source
 from ..modules.linear import quantize_activation
 from ..numerics.maps import Map
+from ..numerics.precision import tensor_cores
 from ..numerics.spec import Spec
 from ..numerics.stats import AbsMean, MinMax
 
@@ -110,7 +111,8 @@ class BlockEdge:
         if inspects_reader(self.edge) and self.activations[0] is None and shift is None:
             difference = weights[0] - self.weights[0]
             tokens = max(1, self.stats[0].tokens)
-            return float(((difference @ self._hessian) * difference).sum() / (tokens * len(difference)))
+            with tensor_cores():
+                return float(((difference @ self._hessian) * difference).sum() / (tokens * len(difference)))
         return self._replayed_error(weights, scale, shift)
 
     def _replayed_error(self, weights: Sequence[Tensor], scale: Tensor, shift: Tensor | None) -> float:
@@ -124,14 +126,14 @@ class BlockEdge:
             if shift is not None:  # what comes in is shifted back, and what is repaired is the original's W δ
                 path = f"{name}.bias".lstrip(".")
                 candidate[path] = (self._base[path].float() + (original - weight) @ shift).to(self.dtype)
-        total, count = torch.zeros((), dtype=torch.float64), 0
+        total, count = torch.zeros((), dtype=torch.float64, device=weights[0].device), 0
         with ExitStack() as stack:
             self._quantize_inputs(stack, scale, shift)
             for name, map in self.maps.items():
                 stack.callback(self.block.get_submodule(name).register_forward_pre_hook(_mapping(map)).remove)
             for sample in self.samples:
                 output = first(functional_call(module, candidate, sample.args, sample.kwargs))
-                total += (output.float() - sample.output.float()).square().sum().double().cpu()
+                total += (output.float() - sample.output.float()).square().sum().double()
                 count += output.numel()
         return float(total / max(1, count))
 
