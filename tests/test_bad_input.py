@@ -204,6 +204,31 @@ def test_ctrl_c_can_be_resumed(
     assert cli.main([str(a) for a in quantize(model, tmp_path / "out")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "advice"), [(MemoryError(), "lower --memory"), (torch.OutOfMemoryError(), "lower --gpu-memory")], ids=str
+)
+def test_running_out_of_memory_can_be_resumed(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    advice: str,
+) -> None:
+    write, out = run.RunDirectory.write_block, tmp_path / "out"
+
+    def second_fails(self: run.RunDirectory, block: int, *rest: object) -> None:
+        if block == 1:
+            raise error
+        write(self, block, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.RunDirectory, "write_block", second_fails)
+        assert advice in said(capsys, *quantize(model, out), status=1)
+    assert run.RunDirectory(out, 2).finished() == 1
+    assert cli.main([str(argument) for argument in quantize(model, out)]) == 0
+
+
 def test_an_unfinished_run_is_not_loaded(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.name} is not installed: pip install {error.name}, or lowbit[all]", 1)
     except MemoryError:
         return _fail("out of memory: finished blocks are kept; lower --memory or use a machine with more", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which need not have been imported
+            raise
+        return _fail("out of GPU memory: finished blocks are kept; lower --gpu-memory or use --device cpu", 1)
     except OSError as error:
         return _fail(str(error) if error.errno is None else f"{error.strerror}: {error.filename or ''}", 1)
 
