@@ -23,8 +23,9 @@ demo: .venv/demo.stamp  ## quantize the packaged model five ways, export one, re
 test: .venv/dev.stamp  ## run the test suite (JOBS=N processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not client" $(ARGS)
 
-test-clients: .venv/dev.stamp  ## run the tests of real clients (CLIENTS="vllm mlx …"; environments are made once and kept)
-	OMP_NUM_THREADS=2 $(BIN)/python scripts/clients.py $(CLIENTS) -- $(BIN)/python -m pytest -q -m client $(ARGS)
+test-clients: .venv/dev.stamp  ## run the tests of real clients (CLIENTS="vllm mlx …", WITHIN=seconds to make them; they are kept)
+	$(BIN)/python scripts/clients.py $(CLIENTS) $(if $(WITHIN),--within $(WITHIN)) -- env OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m client $(ARGS)
 
 docs: .venv/dev.stamp  ## regenerate the tables in docs/ that are made from the sources
 	$(BIN)/python scripts/formats_table.py --write

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -137,13 +137,36 @@ def client_python(name: str) -> str:
     return os.environ[variable]
 
 
-def client_logits(name: str, export: Path, batch: Tensor, job: Path) -> tuple[Tensor, dict[str, str]]:
-    """What a client computes of `batch` from an exported directory: (logits [N, T, V], found.json)."""
+Answer = Callable[[str], tuple[Tensor, dict[str, str]]]
+"""Case -> (logits [N, T, V] or scores [N, T - 1], found.json)."""
+
+
+def client_answers(name: str, exports: Mapping[str, tuple[Path, Tensor]], place: Path) -> Answer:
+    """What a client computes from many (exported directory, batch), in one process: starting it takes longest.
+
+    Where it ends early, those cases fail that it left without an answer.
+    """
     python = client_python(name)
-    job.mkdir()
-    write_json(job / "job.json", {"export": str(export), "windows": batch.tolist(), "threads": 1})
-    call([python, str(clients.find_client(name).script), str(job)])
-    return torch.from_numpy(np.load(job / "logits.npy")), json.loads((job / "found.json").read_text("utf8"))
+    place.mkdir()
+    jobs = {case: place / str(index) for index, case in enumerate(exports)}
+    for case, (export, batch) in exports.items():
+        jobs[case].mkdir()
+        write_json(jobs[case] / "job.json", {"export": str(export), "windows": batch.tolist(), "threads": 1})
+    command = [python, str(clients.find_client(name).script), *map(str, jobs.values())]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=place)
+
+    def answer(case: str) -> tuple[Tensor, dict[str, str]]:
+        job = jobs[case]
+        assert (job / "found.json").is_file(), f"{ended.stdout[-1000:]}\n{ended.stderr[-4000:]}"
+        kind = "logits" if (job / "logits.npy").is_file() else "scores"
+        return torch.from_numpy(np.load(job / f"{kind}.npy")), json.loads((job / "found.json").read_text("utf8"))
+
+    return answer
+
+
+def client_logits(name: str, export: Path, batch: Tensor, place: Path) -> tuple[Tensor, dict[str, str]]:
+    """What a client computes of `batch` from an exported directory: (logits [N, T, V], found.json)."""
+    return client_answers(name, {"": (export, batch)}, place)("")
 
 
 def call(command: list[str]) -> None:

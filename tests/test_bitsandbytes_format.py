@@ -11,7 +11,7 @@ import torch
 from exported import (
     LINEARS,
     call,
-    client_logits,
+    client_answers,
     client_python,
     llama,
     logits_of,
@@ -287,48 +287,57 @@ def test_weights_that_bitsandbytes_quantized(tmp_path: Path, monkeypatch: pytest
         assert torch.equal(given.weight.dequantize(), expected[name]), name
 
 
+MODELS = {
+    "llama": "rtn-nf4-g32",
+    "llama-tied": "rtn-nf4-g32-double",
+    "opt": "rtn-nf4-g32-double",
+    "gpt2": "rtn-nf4-g32",
+    "phi3": "rtn-nf4-g32",
+    "gemma2": "rtn-nf4-g32",
+}
+
+
 @pytest.mark.client
-@pytest.mark.parametrize(
-    ("family", "recipe"),
-    [
-        ("llama", "rtn-nf4-g32"),
-        ("llama", "rtn-nf4-g32-double"),
-        ("llama-tied", "rtn-nf4-g32"),
-        ("opt", "rtn-nf4-g32-double"),
-        ("gpt2", "rtn-nf4-g32"),
-        ("phi3", "rtn-nf4-g32"),
-        ("gemma2", "rtn-nf4-g32"),
-    ],
-)
-def test_transformers_computes_what_lowbit_computes(family: str, recipe: str, tmp_path: Path) -> None:
-    model = save_model(family, tmp_path / "model", dtype=torch.bfloat16)
-    lowbit.quantize(model, recipe, tmp_path / "run", target="bitsandbytes")
-    lowbit.export(tmp_path / "run", tmp_path / "out", format="bitsandbytes")
-    found, said = client_logits("bitsandbytes", tmp_path / "out", windows(), tmp_path / "job")
-    assert said["client"] == "bitsandbytes"
-    expected = logits_of(lowbit.load(tmp_path / "run", dtype=torch.float32), windows())
-    assert float((found - expected).abs().max()) <= 1e-5
+def test_transformers_computes_what_lowbit_computes(tmp_path: Path) -> None:
+    client_python("bitsandbytes")
+    exports = {}
+    for family, recipe in MODELS.items():
+        model = save_model(family, tmp_path / family, dtype=torch.bfloat16)
+        lowbit.quantize(model, recipe, tmp_path / f"{family}-run", target="bitsandbytes")
+        lowbit.export(tmp_path / f"{family}-run", tmp_path / f"{family}-out", format="bitsandbytes")
+        exports[family] = tmp_path / f"{family}-out", windows()
+    answer = client_answers("bitsandbytes", exports, tmp_path / "jobs")
+    for family in MODELS:
+        found, said = answer(family)
+        assert said["client"] == "bitsandbytes"
+        expected = logits_of(lowbit.load(tmp_path / f"{family}-run", dtype=torch.float32), windows())
+        assert float((found - expected).abs().max()) <= 1e-5, family
 
 
 SAVE = """
 import sys, torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=sys.argv[3], bnb_4bit_use_double_quant=True)
-AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=asked).save_pretrained(sys.argv[2])
+for kind in ("nf4", "fp4"):
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True)
+    for model in sys.argv[1:]:
+        AutoModelForCausalLM.from_pretrained(model, quantization_config=asked).save_pretrained(f"{model}-{kind}")
 """
 
 
 @pytest.mark.client
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_models_that_transformers_quantized(family: str, kind: str, tmp_path: Path) -> None:
+def test_models_that_transformers_quantized(tmp_path: Path) -> None:
     """Of widths that its blocks of 64 divide: the kernel for CPUs is wrong for others, see above."""
     from transformers import GPT2Config
 
+    python = client_python("bitsandbytes")
     gpt2 = GPT2Config(vocab_size=96, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=64, dtype="bfloat16")
-    model = model_from_config(llama(intermediate_size=128) if family == "llama" else gpt2).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "model")
-    call([client_python("bitsandbytes"), "-c", SAVE, str(tmp_path / "model"), str(tmp_path / "theirs"), kind])
-    found, _ = client_logits("bitsandbytes", tmp_path / "theirs", windows(), tmp_path / "job")
-    loaded = lowbit.load(tmp_path / "theirs", dtype=torch.float32)
-    assert float((found - logits_of(loaded, windows())).abs().max()) <= 1e-5
+    sources = {"llama": llama(intermediate_size=128), "gpt2": gpt2}
+    for family, config in sources.items():
+        model_from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / family)
+    call([python, "-c", SAVE, *(str(tmp_path / family) for family in sources)])
+    theirs = {f"{family}-{kind}": tmp_path / f"{family}-{kind}" for family in sources for kind in ("nf4", "fp4")}
+    exports = {name: (path, windows()) for name, path in theirs.items()}
+    answer = client_answers("bitsandbytes", exports, tmp_path / "jobs")
+    for name, path in theirs.items():
+        loaded = lowbit.load(path, dtype=torch.float32)
+        assert float((answer(name)[0] - logits_of(loaded, windows())).abs().max()) <= 1e-5, name

@@ -92,6 +92,7 @@ def test_online_hadamard_transforms_are_the_packages_own(case: str, tmp_path: Pa
     assert scheme["apply"][0]["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     found = verify.verify("transformers", tmp_path / "out", run.reference, windows())
     assert found.passed, found.message
+    assert found.remarks == (transformers.HELPED,)
     assert found.max_logit_difference is not None
     if CASES[case][1] is None:  # elsewhere the order of summation in the transform may turn a code of an input
         assert found.max_logit_difference <= 1e-5

@@ -6,14 +6,11 @@ lie half as far again from lowbit's in fp32 as lowbit's own in bfloat16 do. A wr
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from exported import Answer, client_answers, client_python
 from torch import Tensor
 
 import lowbit
@@ -23,7 +20,6 @@ from lowbit.methods.scheme import Scheme
 from lowbit.numerics.grid import float_spacing
 from lowbit.numerics.kv import KV
 from lowbit.numerics.spec import E4M3, Float, Int, Spec, per_block, per_channel, per_group, per_token
-from lowbit.runtime import clients
 
 pytestmark = pytest.mark.client
 
@@ -36,6 +32,7 @@ SCHEMES = {
     "fp8-block": Scheme(per_block(E4M3, 128), Spec(E4M3, (1, 128), "float32", dynamic=True)),
     "w4-kv": Scheme(per_group(Int(4), 128), kv=KV(8, 8, "tensor", rule="e4m3")),
 }
+DEMO = Path(lowbit.__file__).with_name("assets") / "demo"
 SLACK = 1.5
 """Parts of bfloat16's own noise."""
 
@@ -46,18 +43,31 @@ def truncated(x: Tensor, number: Float) -> Tensor:
     return (x / step).trunc_().mul_(step).clamp_(-number.largest, number.largest)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run of every scheme is, by its name."""
+    client_python("vllm")
+    place = tmp_path_factory.mktemp("vllm")
+    for name, scheme in SCHEMES.items():
+        lowbit.quantize(DEMO, Recipe(scheme, RTN(), MinMaxClip()), place / name, samples=4, length=64)
+    return place
+
+
+@pytest.fixture(scope="module")
+def vllm(place: Path) -> Answer:
+    exports = {name: (place / f"{name}-out", text()) for name in SCHEMES}
+    for name, (out, _) in exports.items():
+        lowbit.export(place / name, out)
+    return client_answers("vllm", exports, place / "jobs")
+
+
 @pytest.mark.parametrize("name", SCHEMES)
-def test_vllm_scores_what_lowbit_scores(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not os.environ.get("LOWBIT_VLLM_PYTHON"):
-        pytest.skip("LOWBIT_VLLM_PYTHON names no interpreter with vLLM")
-    source = Path(lowbit.__file__).with_name("assets") / "demo"
-    recipe = Recipe(SCHEMES[name], RTN(), MinMaxClip())
-    lowbit.quantize(source, recipe, tmp_path / "run", samples=4, length=64)
-    lowbit.export(tmp_path / "run", tmp_path / "out")
-    windows = text(source)
+def test_vllm_scores_what_lowbit_scores(name: str, place: Path, vllm: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.numerics.kv.cast_float", truncated)
-    theirs, ours = vllm(tmp_path, windows), scores(tmp_path / "run", windows, torch.float32)
-    noise = float((scores(tmp_path / "run", windows, torch.bfloat16) - ours).abs().mean())
+    windows = text()
+    (theirs, said), ours = vllm(name), scores(place / name, windows, torch.float32)
+    assert said["client"] == "vllm"
+    noise = float((scores(place / name, windows, torch.bfloat16) - ours).abs().mean())
     difference = theirs - ours
     print(
         name, "mean |difference|", float(difference.abs().mean()), "bfloat16", noise, "mean", float(difference.mean())
@@ -66,24 +76,12 @@ def test_vllm_scores_what_lowbit_scores(name: str, tmp_path: Path, monkeypatch: 
     assert abs(difference.mean()) < SLACK * noise / 2
 
 
-def text(source: Path) -> Tensor:
+def text() -> Tensor:
     """Token windows [4, 48] of the packaged text."""
     from lowbit.data.evaluation import load_windows
     from lowbit.runtime.load import load_tokenizer
 
-    return load_windows("demo", load_tokenizer(source), 48, 4)
-
-
-def vllm(directory: Path, windows: Tensor) -> Tensor:
-    """The client's log-probabilities [N, T - 1]."""
-    client = clients.find_client("vllm")
-    job = {"export": str(directory / "out"), "windows": windows.tolist(), "threads": 1}
-    (directory / "job.json").write_text(json.dumps(job), "utf8")
-    command = [client.python, str(client.script), str(directory)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=directory)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    assert json.loads((directory / "found.json").read_text("utf8"))["client"] == "vllm"
-    return torch.from_numpy(np.load(directory / "scores.npy"))
+    return load_windows("demo", load_tokenizer(DEMO), 48, 4)
 
 
 @torch.no_grad()

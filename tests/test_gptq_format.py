@@ -12,7 +12,10 @@ import pytest
 import torch
 from exported import (
     LINEARS,
+    Answer,
+    Run,
     call,
+    client_answers,
     client_logits,
     client_python,
     layers_of,
@@ -422,14 +425,29 @@ CLIENT_CASES: dict[str, dict[str, Spec | None]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run of every case, exported beside it as `CASE-out`."""
+    place, made = tmp_path_factory.mktemp("gptq"), {}
+    for case, formats in CLIENT_CASES.items():
+        torch.manual_seed(0)
+        made[case] = make_run(place / case, llama(), formats, ordered="*.q_proj")
+        form.export_directory(made[case].path, place / f"{case}-out", made[case].skeleton)
+    return made
+
+
+@pytest.fixture(scope="module")
+def gptqmodel(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    exports = {case: (run.path.with_name(f"{case}-out"), windows()) for case, run in runs.items()}
+    return client_answers("gptqmodel", exports, tmp_path_factory.mktemp("gptqmodel") / "jobs")
+
+
 @pytest.mark.client
 @pytest.mark.parametrize("case", CLIENT_CASES)
-def test_gptqmodel_computes_what_lowbit_computes(case: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", llama(), CLIENT_CASES[case], ordered="*.q_proj")
-    form.export_directory(run.path, tmp_path / "out", run.skeleton)
-    logits, found = client_logits("gptqmodel", tmp_path / "out", windows(), tmp_path / "job")
+def test_gptqmodel_computes_what_lowbit_computes(case: str, runs: dict[str, Run], gptqmodel: Answer) -> None:
+    logits, found = gptqmodel(case)
     assert found["dtype"] == "float32"
-    assert float((logits - logits_of(run.reference, windows())).abs().max()) <= 1e-5
+    assert float((logits - logits_of(runs[case].reference, windows())).abs().max()) <= 1e-5
 
 
 QUANTIZE = """

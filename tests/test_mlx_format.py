@@ -12,7 +12,7 @@ import torch
 from exported import (
     LINEARS,
     call,
-    client_logits,
+    client_answers,
     client_python,
     llama,
     logits_of,
@@ -448,46 +448,62 @@ mx.save_safetensors(sys.argv[1] + "/out.safetensors", {"weight": weight})
 """
 
 
-@pytest.mark.client
-@pytest.mark.parametrize(
-    ("family", "recipe", "options"),
-    [
-        ("llama", "rtn-w4a16-g32", {}),
-        ("llama", "rtn-w8a16", {"ignore": ["*.down_proj"]}),
-        ("llama-tied", "rtn-w3a16-g32-asym", {}),
-        ("llama-tied", "rtn-w4a16-g32-asym", {"target": "mlx"}),
-        ("qwen2", "rtn-w6a16-g32", {}),
-        ("qwen3", "rtn-mxfp4a16", {}),
-        ("llama", "rtn-mxfp8a16", {}),
-        ("mistral", "rtn-w5a16-g32", {}),
-        ("phi3", "rtn-w2a16-g32", {}),
-        ("gemma2", "rtn-w4a16-g32", {}),
-        ("gemma3", "rtn-w4a16-g32", {}),
-        ("mixtral", "rtn-w4a16-g32", {}),
-        ("qwen3_moe", "rtn-w4a16-g32", {}),
-        ("deepseek_v3", "rtn-w4a16-g32", {"ignore": ["*.kv_b_proj"]}),
-    ],
-)
-def test_mlx_lm_computes_what_lowbit_computes(
-    family: str, recipe: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    run, out = exported(tmp_path, family, recipe, **options)
-    batch = windows(length=6 if family in ("mistral", "gemma2") else 24)  # they get no window there, see `remarks`
-    found, said = client_logits("mlx", out, batch, tmp_path / "job")
-    assert said["client"] == "mlx"
-    expected = logits_of(lowbit.load(run, dtype=torch.float32), batch)
-    assert float((found - expected).abs().max()) <= 1e-5
+MODELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "rtn-w4a16-g32", {}),
+    ("llama", "rtn-w8a16", {"ignore": ["*.down_proj"]}),
+    ("llama-tied", "rtn-w3a16-g32-asym", {}),
+    ("llama-tied", "rtn-w4a16-g32-asym", {"target": "mlx"}),
+    ("qwen2", "rtn-w6a16-g32", {}),
+    ("qwen3", "rtn-mxfp4a16", {}),
+    ("llama", "rtn-mxfp8a16", {}),
+    ("mistral", "rtn-w5a16-g32", {}),
+    ("phi3", "rtn-w2a16-g32", {}),
+    ("gemma2", "rtn-w4a16-g32", {}),
+    ("gemma3", "rtn-w4a16-g32", {}),
+    ("mixtral", "rtn-w4a16-g32", {}),
+    ("qwen3_moe", "rtn-w4a16-g32", {}),
+    ("deepseek_v3", "rtn-w4a16-g32", {"ignore": ["*.kv_b_proj"]}),
+]
 
 
 @pytest.mark.client
-@pytest.mark.parametrize("bits", [3, 4, 8])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_models_that_mlx_lm_quantized(bits: int, dtype: str, tmp_path: Path) -> None:
-    """Its own converter, from a 16-bit model: lowbit reads what it wrote, and computes what it computes."""
+def test_mlx_lm_computes_what_lowbit_computes(tmp_path: Path) -> None:
+    client_python("mlx")
+    runs, exports = {}, {}
+    for index, (family, recipe, options) in enumerate(MODELS):
+        case = f"{index} {family} {recipe}"
+        (tmp_path / str(index)).mkdir()
+        runs[case], out = exported(tmp_path / str(index), family, recipe, **options)
+        length = 6 if family in ("mistral", "gemma2") else 24  # they get no window there, see `remarks`
+        exports[case] = out, windows(length=length)
+    answer = client_answers("mlx", exports, tmp_path / "jobs")
+    for case, run in runs.items():
+        found, said = answer(case)
+        assert said["client"] == "mlx"
+        expected = logits_of(lowbit.load(run, dtype=torch.float32), exports[case][1])
+        assert float((found - expected).abs().max()) <= 1e-5, case
+
+
+CONVERT = """
+import sys
+from mlx_lm import convert
+for model in sys.argv[1:]:
+    convert(model, model + "-theirs", quantize=True, q_group_size=32, q_bits=int(model[-1]))
+"""
+
+
+@pytest.mark.client
+def test_models_that_mlx_lm_quantized(tmp_path: Path) -> None:
+    """Its own converter, from models of any dtype: lowbit reads what it wrote, and computes what it computes."""
     python = client_python("mlx")
-    model = save_model("mixtral" if bits == 4 else "llama", tmp_path / "model", dtype=getattr(torch, dtype))
-    convert = "from mlx_lm import convert; import sys; convert(*sys.argv[1:3], quantize=True, q_group_size=32, q_bits="
-    call([python, "-c", f"{convert}{bits})", str(model), str(tmp_path / "theirs")])
-    loaded = lowbit.load(tmp_path / "theirs", dtype=torch.float32)
-    found, _ = client_logits("mlx", tmp_path / "theirs", windows(), tmp_path / "job")
-    assert float((found - logits_of(loaded, windows())).abs().max()) <= 1e-5
+    made = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for bits, family in ((3, "llama"), (4, "mixtral"), (8, "llama")):
+            made.append(save_model(family, tmp_path / f"{family}-{str(dtype)[6:]}-{bits}", dtype=dtype))
+    call([python, "-c", CONVERT, *map(str, made)])
+    theirs = {path.name: path.with_name(f"{path.name}-theirs") for path in made}
+    exports = {name: (path, windows()) for name, path in theirs.items()}
+    answer = client_answers("mlx", exports, tmp_path / "jobs")
+    for name, path in theirs.items():
+        loaded = lowbit.load(path, dtype=torch.float32)
+        assert float((answer(name)[0] - logits_of(loaded, windows())).abs().max()) <= 1e-5, name

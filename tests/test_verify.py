@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from lowbit.formats import base
 from lowbit.formats import compressed_tensors as ct
 from lowbit.formats.files import read_shard, write_shard
 from lowbit.numerics.spec import Int, per_channel, per_group, per_token
-from lowbit.runtime import clients
+from lowbit.runtime import clients, imitate
 from lowbit.runtime.clients import Client
+from lowbit.runtime.imitate import linears, without_inputs
 from lowbit.runtime.planned import planned
-from lowbit.runtime.verify import verify
+from lowbit.runtime.verify import EXACT, verify
 
 W4 = per_group(Int(4), 32)
 
@@ -125,18 +128,79 @@ def test_scores_are_held_to_their_mean_and_spread(run: Run, pretender: Pretender
         assert found.message.startswith("failed: mean difference of log-probabilities")
 
 
-def test_quantized_inputs_are_never_exact(tmp_path: Path, pretender: Pretender) -> None:
-    from dataclasses import replace
+def test_perplexities_are_the_formula(run: Run, pretender: Pretender) -> None:
+    batch = windows()
+    expected = logits(run.reference, batch)
+    other = expected + 0.3 * torch.randn_like(expected)
+    p, q = (x.double().softmax(-1) for x in (expected, other))
+    places = [(n, t) for n in range(batch.shape[0]) for t in range(batch.shape[1] - 1)]
+    ours, theirs = (math.exp(-sum(math.log(x[n, t, batch[n, t + 1]]) for n, t in places) / len(places)) for x in (p, q))
+    pretender.answers(logits=other)
+    found = verify("pretender", run.path, run.reference, batch)
+    assert (found.perplexity, found.client_perplexity) == (pytest.approx(ours), pytest.approx(theirs))
+    pretender.answers(scores=q[:, :-1].log().gather(-1, batch[:, 1:, None])[..., 0].float())
+    found = verify("pretender", run.path, run.reference, batch)
+    assert (found.perplexity, found.client_perplexity) == (pytest.approx(ours), pytest.approx(theirs))
 
-    from lowbit.modules.linear import QLinear
 
-    run = make_run(tmp_path / "run", llama(), {LINEARS: per_channel(Int(8), scale="float32")})
-    for module in run.reference.modules():
-        if isinstance(module, QLinear):
-            module.layer = replace(module.layer, activation=per_token(Int(8)))
-    expected = logits(run.reference, windows())
+@pytest.fixture
+def w8a8(tmp_path: Path) -> Run:
+    """A run whose linears quantize their inputs."""
+    run = make_run(tmp_path / "w8a8", llama(initializer_range=0.3), {LINEARS: per_channel(Int(8), scale="float32")})
+    for module in linears(run.reference).values():
+        module.layer = replace(module.layer, activation=per_token(Int(8)))
+    return run
+
+
+def test_quantized_inputs_are_never_exact(w8a8: Run, pretender: Pretender) -> None:
+    expected = logits(w8a8.reference, windows())
     pretender.answers(logits=expected + 1e-4 * torch.randn_like(expected), exact=True)
-    assert verify("pretender", run.path, run.reference, windows()).passed
+    assert verify("pretender", w8a8.path, w8a8.reference, windows()).passed
+
+
+SAME: dict[str, Any] = {"unequal": {"q": 0}, "flat": []}
+
+
+def test_with_16_bit_inputs_a_client_that_shows_its_linears_has_to_be_exact(w8a8: Run, pretender: Pretender) -> None:
+    expected = logits(w8a8.reference, windows())
+    with without_inputs(linears(w8a8.reference)):
+        plain = logits(w8a8.reference, windows())
+    assert not torch.equal(plain, expected)
+    assert torch.equal(logits(w8a8.reference, windows()), expected)
+    pretender.answers(logits=expected, unquantized=plain, found=SAME)
+    found = verify("pretender", w8a8.path, w8a8.reference, windows())
+    assert found.passed, found.message
+    assert (found.unquantized_difference, found.own_kl) == (0.0, None)
+    pretender.answers(logits=expected, unquantized=expected, found=SAME)
+    found = verify("pretender", w8a8.path, w8a8.reference, windows())
+    assert not found.passed
+    assert "failed: equal codes on equal inputs, but logits from 16-bit inputs differ" in found.message
+    pretender.answers(logits=expected, unquantized=plain, found={"unequal": {"q": 3}, "flat": []})
+    found = verify("pretender", w8a8.path, w8a8.reference, windows())
+    assert not found.passed
+    assert "failed: inputs get other codes in 1 linears, the first q;" in found.message
+
+
+def test_what_rounding_may_do_is_measured_on_our_own_model(
+    w8a8: Run, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client as far away as our model is from itself passes, one a few times as far does not."""
+    monkeypatch.setattr(imitate, "NUDGE", 0.1)
+    expected = logits(w8a8.reference, windows())
+    with without_inputs(linears(w8a8.reference)):
+        plain = logits(w8a8.reference, windows())
+    with imitate.nudged(w8a8.reference):
+        moved = logits(w8a8.reference, windows())
+    pretender.answers(logits=moved, unquantized=plain, found=SAME)
+    found = verify("pretender", w8a8.path, w8a8.reference, windows())
+    assert found.passed, found.message
+    assert found.own_kl is not None
+    assert found.own_kl > 1e-3
+    assert found.kl == pytest.approx(found.own_kl)
+    pretender.answers(logits=expected + 2 * (moved - expected), unquantized=plain, found=SAME)
+    found = verify("pretender", w8a8.path, w8a8.reference, windows())
+    assert not found.passed
+    assert "where rounding alone carries lowbit's own model to KL" in found.message
 
 
 @pytest.mark.parametrize(
@@ -145,6 +209,10 @@ def test_quantized_inputs_are_never_exact(tmp_path: Path, pretender: Pretender) 
         ("raise SystemExit('it cannot')", "not verified: pretender cannot run the export: it cannot"),
         ("import os; os.kill(os.getpid(), 9)", "not verified: the client was killed by signal 9"),
         ("import sys; sys.exit(1)", "cannot run the export: it said nothing"),
+        (
+            "raise SystemExit('Value error, no such kernel [type=value_error]\\n  For further information visit x')",
+            f"cannot run the export: no such kernel (in {sys.executable}, see LOWBIT_PRETENDER_PYTHON)",
+        ),
     ],
 )
 def test_a_client_that_produces_nothing(run: Run, pretender: Pretender, program: str, message: str) -> None:
@@ -260,11 +328,12 @@ def test_a_weight_too_much_or_too_little_fails(run: Run, pretender: Pretender, t
 # --- real clients -----------------------------------------------------------------------------------------------------
 
 PAIRS = [
-    ("compressed-tensors", "vllm", "rtn-w4a16-g128"),
     ("compressed-tensors", "vllm", "rtn-w8a8"),
     ("gptq", "gptqmodel", "rtn-w4a16-g128-asym"),
+    ("gptq", "transformers", "rtn-w4a16-g128"),
     ("gptq", "vllm", "rtn-w4a16-g128"),
     ("awq", "gptqmodel", "rtn-w4a16-g128-asym"),
+    ("awq", "transformers", "rtn-w4a16-g128-asym"),
     ("awq", "vllm", "rtn-w4a16-g128-asym"),
     ("gguf", "llamacpp", "rtn-w4a16-g32"),
     ("mlx", "mlx", "rtn-w4a16-g64"),
@@ -275,8 +344,15 @@ PAIRS = [
 @pytest.mark.client
 @pytest.mark.parametrize(("form", "client", "recipe"), PAIRS)
 def test_the_command_line_verifies_in_the_real_client(
-    form: str, client: str, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: str,
+    client: str,
+    recipe: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if client == "transformers":  # it reads these formats with the help of GPTQModel
+        monkeypatch.setenv("LOWBIT_TRANSFORMERS_PYTHON", client_python("gptqmodel"))
     client_python(client)
     run = lowbit.quantize("demo", recipe, tmp_path / "run").path
     asked = ["export", str(run), "--format", form, "--output", str(tmp_path / "out"), f"--verify={client}"]
@@ -287,7 +363,10 @@ def test_the_command_line_verifies_in_the_real_client(
     assert found["passed"] is True
     assert found["client"] == client
     assert found["stored_bytes"] > 0
+    assert found["client_perplexity"] == pytest.approx(found["perplexity"], rel=0.02)
     if client == "vllm":
         assert found["score_spread"] < (0.25 if recipe == "rtn-w8a8" else 0.1)
+    elif (form, client) == ("gptq", "transformers"):
+        assert found["max_logit_difference"] <= EXACT * found["largest_logit"]
     else:
         assert found["top1"] > 0.95

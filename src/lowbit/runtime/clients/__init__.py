@@ -1,10 +1,12 @@
 """The software that exports are for, each behind a script of its own that runs in the client's own interpreter.
 
 Clients pin versions that contradict lowbit's and each other's, crash, and patch modules; so none is ever imported here.
-A script `NAME.py` is called as `PYTHON NAME.py JOBDIR`, knows the client, numpy and the standard library, reads
-JOBDIR/job.json {"export", "windows": [[token ids]], "threads"} and writes JOBDIR/found.json {"client", "version"} with
-JOBDIR/logits.npy (fp32 [N, T, V]) or, where a client gives no more, JOBDIR/scores.npy (fp32 [N, T - 1], the
-log-probability of every next token). The interpreter is the value of LOWBIT_<NAME>_PYTHON, else the running one.
+A script `NAME.py` is called as `PYTHON NAME.py JOBDIR …`, knows the client, numpy and the standard library, reads
+JOBDIR/job.json {"export", "windows": [[token ids]], "threads", "trust"} and writes JOBDIR/found.json {"client",
+"version"} with JOBDIR/logits.npy (fp32 [N, T, V]) or, where a client gives no more, JOBDIR/scores.npy (fp32 [N, T - 1],
+the log-probability of every next token). found.json may say in which "dtype" all was computed, where that is not
+float32, and in "remarks" what a user should know of how. Several jobs are done one after the other, since importing a
+client can take longer than a job. The interpreter is the value of LOWBIT_<NAME>_PYTHON, else the running one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The logits of a bitsandbytes directory in transformers: `PYTHON bitsandbytes.py JOBDIR`, where both are installed.
+"""The logits of a bitsandbytes directory in transformers: `PYTHON bitsandbytes.py JOBDIR …`, where both are installed.
 
 All is computed in float32, not in the 16 bits that the directory asks for, so that a difference to lowbit's
 model is one of meaning, not of rounding.
@@ -43,4 +43,5 @@ def main(job: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for place in sys.argv[1:]:
+        main(Path(place))

@@ -1,4 +1,4 @@
-"""GPTQModel's own logits of a GPTQ or AWQ directory: `PYTHON gptqmodel.py JOBDIR`, in the interpreter that has it.
+"""GPTQModel's own logits of a GPTQ or AWQ directory: `PYTHON gptqmodel.py JOBDIR …`, in the interpreter that has it.
 
 Its torch kernels are asked for, which are the definition of both layouts there. The GPTQ one dequantizes in the dtype
 of the scales, so in fp32 once the model is cast to it. The AWQ one computes in 16 bits whatever it is given; found.json
@@ -39,4 +39,5 @@ def main(job: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for place in sys.argv[1:]:
+        main(Path(place))

@@ -1,4 +1,4 @@
-"""llama.cpp's own logits of an exported file: `PYTHON llamacpp.py JOBDIR`, where llama-cpp-python is installed.
+"""llama.cpp's own logits of an exported file: `PYTHON llamacpp.py JOBDIR …`, where llama-cpp-python is installed.
 
 The library's C functions are called one by one, since the class around them wants a vocabulary that can tokenize, and
 windows come as token ids. The cache of keys and values is kept in fp32 and attention is computed plainly, so that what
@@ -33,6 +33,8 @@ def main(job: Path) -> None:
         raise SystemExit("llama.cpp cannot make a context for the model")
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     logits = np.stack([_logits(llama_cpp, context, window, size) for window in windows])
+    llama_cpp.llama_free(context)
+    llama_cpp.llama_model_free(model)
     np.save(job / "logits.npy", logits)
     found = {"client": "llamacpp", "version": f"llama-cpp-python {version('llama-cpp-python')}"}
     (job / "found.json").write_text(json.dumps(found), "utf8")
@@ -80,4 +82,5 @@ def _logits(llama_cpp: Any, context: Any, window: list[int], size: int) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for place in sys.argv[1:]:
+        main(Path(place))

