@@ -144,7 +144,7 @@ class Directory:
             shaped[name] = self._tensor(name) if tiny else torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         try:
             return self._reader.layers(shaped, self.config)
-        except (RuntimeError, NotImplementedError, ValueError):
+        except RuntimeError:  # torch's, of values that a meta tensor does not have
             return self._reader.layers(self._tensors([module]), self.config)
 
     def _tensors(self, modules: Iterable[str]) -> dict[str, Tensor]:
