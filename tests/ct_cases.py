@@ -8,12 +8,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from exported import write_run
 from torch import Tensor, nn
 
-from lowbit.formats import native
-from lowbit.formats.files import write_index, write_json, write_shard
+from lowbit.formats.files import write_json
 from lowbit.graph.skeleton import build_skeleton, model_from_config, unfuse_experts
-from lowbit.modules.linear import install
 from lowbit.numerics.grid import Grid, fit_range, grid_from_range
 from lowbit.numerics.maps import Map
 from lowbit.numerics.qtensor import QAttention, QLayer, QTensor, QWeight
@@ -145,22 +144,10 @@ def make_run(  # type: ignore[no-untyped-def]
             layers[name] = replace(layer, input_map=map)
         if attention is not None and name.endswith("self_attn"):
             layers[name] = attention
-    path.mkdir()
-    for index, inside in enumerate((False, True)):
-        mine = {name: each for name, each in layers.items() if (".layers." in name) == inside}
-        tensors = {name: tensor for name, tensor in rest.items() if (".layers." in name) == inside}
-        for name, each in mine.items():
-            tensors.update(native.pack(name, each))
-        write_shard(path / f"model-{index + 1:05d}-of-00002.safetensors", tensors, native.describe(mine))
-    write_index(path, [file.name for file in path.glob("*.safetensors")])
-    written = {**config.to_dict(), "dtype": "bfloat16", "architectures": [type(model).__name__]}
-    write_json(path / "config.json", {**written, "quantization_config": {"quant_method": "lowbit"}})
+    reference = write_run(path, model, layers, rest)
     write_json(path / "plan.json", {})
     write_json(path / "tokenizer.json", {"some": "tokens"})
-    reference = build_skeleton(config)
-    install(reference, layers, rest, torch.float32)
-    reference.tie_weights()
-    return Run(path, reference.eval(), build_skeleton(config))
+    return Run(path, reference, build_skeleton(config))
 
 
 def llama(**changes: object):  # type: ignore[no-untyped-def]

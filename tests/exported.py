@@ -23,7 +23,7 @@ from lowbit.formats.files import read_shard, write_index, write_json, write_shar
 from lowbit.graph.skeleton import build_skeleton, model_from_config, unfuse_experts
 from lowbit.modules.linear import install
 from lowbit.numerics.grid import fit_range
-from lowbit.numerics.qtensor import QLayer, QTensor, QWeight
+from lowbit.numerics.qtensor import QAttention, QLayer, QTensor, QWeight
 from lowbit.numerics.spec import Spec
 from lowbit.runtime import clients
 
@@ -78,6 +78,15 @@ def make_run(path: Path, config: Any, formats: Mapping[str, Spec | None], *, ord
         chosen = [spec for pattern, spec in formats.items() if fnmatchcase(name, pattern)]
         if chosen and chosen[-1] is not None and module._parameters.get("weight") is not None:
             layers[name] = quantize(rest.pop(f"{name}.weight"), chosen[-1], ordered=fnmatchcase(name, ordered))
+    reference = write_run(path, model, layers, rest)
+    tokenizer(config.vocab_size).save_pretrained(path)
+    return Run(path, reference, build_skeleton(config), layers)
+
+
+def write_run(
+    path: Path, model: Any, layers: Mapping[str, QLayer | QAttention], rest: Mapping[str, Tensor]
+) -> nn.Module:
+    """Write the layers and other tensors of a model as a run directory of two shards; gives what lowbit loads of it."""
     path.mkdir()
     for index, inside in enumerate((False, True)):
         mine = {name: layer for name, layer in layers.items() if (".layers." in name) == inside}
@@ -86,13 +95,12 @@ def make_run(path: Path, config: Any, formats: Mapping[str, Spec | None], *, ord
             tensors.update(native.pack(name, layer))
         write_shard(path / f"model-{index + 1:05d}-of-00002.safetensors", tensors, native.describe(mine))
     write_index(path, [file.name for file in path.glob("*.safetensors")])
-    written = {**config.to_dict(), "dtype": "bfloat16", "architectures": [type(model).__name__]}
+    written = {**model.config.to_dict(), "dtype": "bfloat16", "architectures": [type(model).__name__]}
     write_json(path / "config.json", {**written, "quantization_config": {"quant_method": "lowbit"}})
-    tokenizer(config.vocab_size).save_pretrained(path)
-    reference = build_skeleton(config)
+    reference = build_skeleton(model.config)
     install(reference, layers, rest, torch.float32)
     reference.tie_weights()
-    return Run(path, reference.eval(), build_skeleton(config), layers)
+    return reference.eval()
 
 
 def same(one: QLayer, other: QLayer) -> bool:
