@@ -52,7 +52,8 @@ Names = Callable[[str], Sequence[tuple[str, slice]]]
 class Format(Protocol):
     """A format that other software reads.
 
-    It may also have `stored_bytes(weights, shape)`, where codes and scales take another room than in lowbit's files.
+    It may also have `stored_bytes(weights, shape)`, where codes and scales take another room than in lowbit's files,
+    and `ENCODED`, the names of the Encodes whose weights it carries.
     """
 
     CLIENTS: Sequence[str]
@@ -118,6 +119,13 @@ def refusal(form: Format, config: Mapping[str, object]) -> str | None:
     """Why a format cannot carry a model of this configuration (all fields present), where it says so, or None."""
     refuse_model = getattr(form, "refuse_model", None)
     return None if refuse_model is None else refuse_model(config)
+
+
+def refuse_encoded(name: str, form: Format, encode: str) -> str | None:
+    """Why the format `name` cannot carry what an Encode makes, or None."""
+    if encode in getattr(form, "ENCODED", ()):
+        return None
+    return f"{name} has no place for what {encode} makes of a weight: use native, or a recipe without {encode}"
 
 
 def narrowed(form: Format, weights: Spec | None) -> Spec | None:
@@ -212,6 +220,14 @@ def _same(what: str, tensors: Sequence[Tensor | None]) -> Tensor | None:
         if (first is None) != (other is None) or (first is not None and not torch.equal(first, cast(Tensor, other))):
             raise ValueError(f"the parts of a fused weight have different {what}: quantize them behind one observer")
     return first
+
+
+def check_terms(name: str, form: Format, source: Path) -> None:
+    """Raise ValueError where a finished run holds weights that the format `name` has no place for; headers tell."""
+    for shard in shards(source):
+        for site, terms in native.terms(shard_header(shard).metadata).items():
+            if terms and not getattr(form, "ENCODED", ()):
+                raise ValueError(f"{site} is stored with {' and '.join(terms)}, which {name} cannot hold: use native")
 
 
 def module_names(path: str, names: Names) -> list[tuple[str, slice]]:

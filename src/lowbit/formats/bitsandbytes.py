@@ -124,7 +124,7 @@ def pack(name: str, layer: QLayer, dtype: torch.dtype) -> dict[str, Tensor]:
     weight [O I/2, 1], absmax [B] (bytes where scales are doubly quantized), quant_map [16], and a JSON text of bytes,
     which on meta says that the mean scale is 0. Raises ValueError where the format cannot carry the layer.
     """
-    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
+    if not layer.plain:
         raise ValueError(SUMMED)
     part = layer.weight.parts[0]
     grid, (rows, columns) = part.grid, part.shape

@@ -22,10 +22,12 @@ from . import native
 from .base import Names, copy_companions, module_names, new_directory, read_config, rows, shards, unchanged
 from .ct_limits import (
     CLIPPED,
+    FILLED,
     FUSED,
     MAPPED,
     NOT_LINEAR,
     ONLINE,
+    SPARSE,
     SUMMED,
     UNEVEN,
     caches,
@@ -46,11 +48,12 @@ from .ct_schemes import (
     scheme_of_formats,
     transform_config,
 )
-from .ct_tensors import pack_layer, unpack_layer
+from .ct_tensors import filled, pack_layer, unpack_layer
 from .files import read_shard, shard_header, write_index, write_json, write_shard
 
 __all__ = [
     "CLIENTS",
+    "ENCODED",
     "VERSION",
     "Scheme",
     "export_directory",
@@ -68,6 +71,8 @@ __all__ = [
 ]
 
 CLIENTS = ("transformers", "vllm")
+ENCODED = ("magnitude", "wanda", "sparsegpt")
+"""Pruned weights with codes, their zeros written out; those in 16 bits are refused."""
 
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Linears that vLLM makes one of."""
@@ -78,8 +83,8 @@ _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"
 
 def scheme_of(layer: QLayer) -> Scheme:
     """What config.json says of a layer. Raises ValueError where the format cannot carry it."""
-    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
-        raise ValueError(SUMMED)
+    if not layer.plain:
+        raise ValueError(SPARSE if not layer.weight.parts and layer.weight.sparse is not None else SUMMED)
     if layer.input_clip is not None:
         raise ValueError(CLIPPED)
     part = layer.weight.parts[0]
@@ -186,8 +191,10 @@ def _export_shard(
             written.cache = layer.kv
             continue
         _check_linear(path, skeleton)
+        whole = filled(layer)
+        written.told.update({} if whole is layer else {FILLED: None})
         for name, part in module_names(path, names):
-            tensors.update(_export_linear(name, path, rows(layer, part), dtype, written))
+            tensors.update(_export_linear(name, path, rows(whole, part), dtype, written))
     return tensors
 
 

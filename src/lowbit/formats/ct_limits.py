@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..numerics.kv import KV
 from ..numerics.maps import Hadamard, Map
-from ..numerics.spec import E2M1, E2M3, E4M3, PLAIN, Float, Int, Spec
+from ..numerics.spec import BF16, E2M1, E2M3, E4M3, PLAIN, Float, Int, Spec
 from .ct_schemes import NVFP4, PACKED, format_name, has_exponents, in_experts, is_local, is_symmetric
 
 MAPPED = (
@@ -17,6 +17,10 @@ MAPPED = (
     "use native, or merge rotations (quarot.across=false and quarot.down=false, or spinquant.merged=true)"
 )
 SUMMED = "compressed-tensors cannot carry a weight that is a sum of parts: use native, or a recipe without corrections"
+SPARSE = (
+    "compressed-tensors has dropped its sparse layouts after 0.14, and vLLM with it: use native, or give what is kept "
+    "codes, for instance -w4a16-g128"
+)
 CLIPPED = "compressed-tensors has no clips of inputs: use native, or a recipe that does not learn them"
 NOT_LINEAR = "compressed-tensors knows Linear modules only: use native"
 ORDERED = "compressed-tensors has dropped group indices (g_idx): use gptq.groups=static, or no act_order"
@@ -72,6 +76,8 @@ def transform_of(mapped: Map | bool) -> Hadamard | None:
 
 def _refuse_weights(spec: Spec, activation: Spec | None, shape: tuple[int, int] | None) -> str | None:
     number, columns = spec.number, None if shape is None else shape[1]
+    if number == BF16:
+        return SPARSE
     if spec.scale == "e4m3" or has_exponents(spec):
         width = 16 if spec.scale == "e4m3" else 32
         numbers: tuple[object, ...] = (E2M1,) if spec.scale == "e4m3" else (E2M1, E2M3, E4M3)
@@ -257,6 +263,12 @@ ONLINE = (
     "apply_transform_config(model, …) is called; vLLM applies it, on CUDA and without tensor parallelism"
 )
 """Told of models whose inputs pass an online Hadamard transform."""
+
+FILLED = (
+    "weights that are dropped are written as zeros like any others: compressed-tensors has had no sparse layout since "
+    "0.15, and the model is as large as without pruning"
+)
+"""Told of pruned models."""
 
 FUSED = "vLLM joins q, k, v and gate, up, which have different formats here, and cannot load them: give each set one"
 

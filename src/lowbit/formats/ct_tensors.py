@@ -17,6 +17,7 @@ I input columns, G groups of columns, W 32-bit words.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,19 @@ def pack_layer(name: str, layer: QLayer, scheme: Mapping[str, Any], dtype: torch
     elif grid is not None:
         tensors["input_scale"] = _floats(grid, "tensor", dtype)
     return {f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()}
+
+
+def filled(layer: QLayer) -> QLayer:
+    """A pruned layer with codes for its dropped entries too, zeros that they are; any other layer is given back."""
+    weight = layer.weight
+    if weight.regions is None or len(weight.parts) != 1 or weight.sparse is not None:
+        return layer
+    (part,) = weight.parts
+    zeros = part.grid.encode(torch.zeros(part.shape))
+    if part.region is None or part.order is not None or bool(part.grid.decode(zeros).any()):
+        return layer
+    codes = torch.where(weight.regions.mask(part.region), part.codes, zeros)
+    return replace(layer, weight=replace(weight, parts=(QTensor(codes, part.grid),), regions=None))
 
 
 def _codes(part: QTensor, form: str) -> dict[str, Tensor]:

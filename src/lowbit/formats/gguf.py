@@ -149,7 +149,7 @@ def pack(name: str, layer: QLayer) -> Stored:
     """One linear. Raises ValueError, naming it, where no type holds exactly its values."""
     if layer.input_map is not None:
         raise ValueError(f"{name}: {MAPPED}")
-    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
+    if not layer.plain:
         raise ValueError(f"{name}: {SUMMED}")
     part = layer.weight.parts[0]
     reason = refuse(

@@ -85,7 +85,7 @@ def check_layer(form: str, layer: QLayer, reason: str | None) -> None:
     """Raise ValueError where `reason` was found, or where the layer has something that only native can store."""
     if reason is not None:
         raise ValueError(reason)
-    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
+    if not layer.plain:
         raise ValueError(refuse_sum(form))
 
 

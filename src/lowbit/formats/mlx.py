@@ -163,7 +163,7 @@ def notices(weights: Spec, activation: Spec | None) -> tuple[str, ...]:
 
 def settings_of(layer: QLayer) -> dict[str, Any]:
     """What config.json says of a layer: bits, group size and mode. Raises ValueError where it cannot be carried."""
-    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
+    if not layer.plain:
         raise ValueError(SUMMED)
     part = layer.weight.parts[0]
     spec, (rows, columns) = part.grid.spec, part.shape

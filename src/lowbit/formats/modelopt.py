@@ -173,7 +173,7 @@ def algorithm_of(layer: QLayer) -> str:
     """ModelOpt's name of a layer. Raises ValueError where the format cannot carry it."""
     if layer.input_map is not None:
         raise ValueError(MAPPED)
-    if len(layer.weight.parts) != 1 or layer.weight.low_rank is not None or layer.weight.dense is not None:
+    if not layer.plain:
         raise ValueError(SUMMED)
     if layer.input_clip is not None:
         raise ValueError("ModelOpt has no clips of inputs: use native, or a recipe that does not learn them")

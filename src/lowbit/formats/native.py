@@ -4,8 +4,11 @@ A quantized weight called `name` is stored as `name.codes` (rows packed without 
 where scales are relative to something `name.outer`, where the rule has zero-points `name.zero` (packed as one stream),
 where least values are stored `name.offset`,
 and where groups follow another column order `name.order`; a low-rank correction lies under `name.low_rank`, a 16-bit
-part is `name.dense`, an online map of the inputs lies under `name.input_map`. The header's "lowbit" entry lists the
-formats in use once and says for every weight which one it has, so a shard can be read back alone. `pack` and `unpack`
+part is `name.dense`, online maps lie under `name.input_map` and `name.output_map`, a partition of the entries under
+`name.regions` (codes are then stored for a part's own entries, as one stream), 16-bit entries under `name.sparse`,
+codes of vectors under `name.lattice` (and `name.lattice1`), and input channels that are not quantized under
+`name.outliers`. The header's "lowbit" entry lists the formats in use once and says for every weight which one it has,
+so a shard can be read back alone. `pack` and `unpack`
 are pure and inverse to each other, on the meta device too.
 """
 
@@ -23,14 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import bits, kquant
+from ..numerics import bits
 from ..numerics.grid import Grid
 from ..numerics.kv import KV, Affine
+from ..numerics.lattice import Lattice
 from ..numerics.maps import Map, map_from
-from ..numerics.qtensor import LowRank, QAttention, QLayer, QTensor, QWeight
-from ..numerics.scales import scale_codes, scale_values
+from ..numerics.places import Regions, Sparse
+from ..numerics.qtensor import LowRank, Outliers, QAttention, QLayer, QTensor, QWeight
 from ..numerics.spec import Codebook, Float, Int, Number, Spec
 from .files import shard_header, write_json
+from .native_scales import pack_scales, unpack_scales
 
 VERSION = 1
 """Version of the layout and of the numerics behind it: a file of another version is refused, never misread."""
@@ -40,11 +45,16 @@ METHOD = "lowbit"
 
 _SIDES = ("left", "right")
 """The factors of a low-rank correction."""
+_MAPS = ("input_map", "output_map")
+"""The online maps in front of a linear and behind it."""
 _CACHED = ("key", "value")
 """What an attention caches."""
 
 
-_INSIDE = re.compile(r"(\.part\d+|\.low_rank|\.low_rank\.(left|right)|\.input_map)?\.[a-z_]+$")
+_INSIDE = re.compile(
+    r"(\.(part|lattice)\d+|\.low_rank\.(left|right)|\.(low_rank|(input|output)_map|regions|sparse|lattice|outliers))?"
+    r"\.[a-z_]+$"
+)
 """What follows a linear's name in the names of its tensors."""
 
 
@@ -92,8 +102,10 @@ def _pack_map(prefix: str, map: Map | None) -> dict[str, Tensor]:
 
 def _pack_layer(name: str, layer: QLayer) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    regions = layer.weight.regions
     for index, part in enumerate(layer.weight.parts):
-        tensors.update(_pack_part(_prefix(name, index), part))
+        mask = None if regions is None or part.region is None else regions.mask(part.region)
+        tensors.update(_pack_part(_prefix(name, index), part, mask))
     if layer.weight.low_rank is not None:
         for side in _SIDES:
             factor, prefix = getattr(layer.weight.low_rank, side), f"{name}.low_rank.{side}"
@@ -105,42 +117,30 @@ def _pack_layer(name: str, layer: QLayer) -> dict[str, Tensor]:
         if layer.input_grid.zero is not None:
             tensors[f"{name}.input_zero"] = layer.input_grid.zero
     tensors.update(_pack_map(f"{name}.input_map", layer.input_map))
+    tensors.update(_pack_map(f"{name}.output_map", layer.output_map))
     if layer.input_clip is not None:
         tensors[f"{name}.input_clip"] = layer.input_clip
+    lattices = ((_lattice(index), term) for index, term in enumerate(layer.weight.lattices))
+    for kind, term in (("regions", regions), ("sparse", layer.weight.sparse), *lattices):
+        if term is not None:
+            tensors.update({f"{name}.{kind}.{key}": value for key, value in term.tensors().items()})
+    if layer.outliers is not None:
+        held = {"columns": layer.outliers.columns, "weight": layer.outliers.weight}
+        tensors.update({f"{name}.outliers.{key}": value for key, value in held.items() if value is not None})
     return tensors
 
 
-def _pack_part(prefix: str, part: QTensor) -> dict[str, Tensor]:
+def _pack_part(prefix: str, part: QTensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """A part's tensors; of one that covers a region, codes of the entries in `mask` alone."""
     spec = part.grid.spec
     tensors = {
-        f"{prefix}.codes": bits.pack(part.codes, spec.bits),
-        **{f"{prefix}.{key}": tensor for key, tensor in _pack_scales(part.grid).items()},
+        f"{prefix}.codes": bits.pack(part.codes if mask is None else part.codes[mask], spec.bits),
+        **{f"{prefix}.{key}": tensor for key, tensor in pack_scales(part.grid).items()},
     }
     if part.grid.zero is not None:
         tensors[f"{prefix}.zero"] = _pack_zero(part.grid.zero, spec)
     if part.order is not None:
         tensors[f"{prefix}.order"] = part.order.to(torch.int32)
-    return tensors
-
-
-def _pack_scales(grid: Grid) -> dict[str, Tensor]:
-    """Scales, what they are relative to, and least values, as the spec stores them."""
-    spec, outer = grid.spec, grid.outer
-    if spec.scale == "kquant":
-        assert outer is not None
-        width = kquant.layout(spec).bits
-        tensors = {
-            "scale": bits.pack(kquant.to_scale_codes(grid.scale, outer, spec), width),
-            "outer": outer.half(),
-        }
-        if grid.offset is not None:
-            tensors["offset"] = bits.pack(kquant.to_offset_codes(grid.offset, outer, spec), width)
-        return tensors
-    tensors = {"scale": scale_codes(grid.scale, spec.scale, outer)}
-    if outer is not None:
-        tensors["outer"] = outer
-    if grid.offset is not None:
-        tensors["offset"] = grid.offset.half()
     return tensors
 
 
@@ -168,8 +168,18 @@ def describe(layers: Mapping[str, QLayer | QAttention]) -> dict[str, str]:
                 side: {"shape": list(f.shape), "format": index(f.grid.spec) if isinstance(f, QTensor) else None}
                 for side, f in factors.items()
             }
-        if layer.input_map is not None:
-            entry["input_map"] = layer.input_map.describe()
+        for side in _MAPS:
+            if getattr(layer, side) is not None:
+                entry[side] = getattr(layer, side).describe()
+        if layer.weight.regions is not None:
+            covered = [part.region for part in layer.weight.parts]
+            entry["regions"] = {"count": layer.weight.regions.count, "parts": covered}
+        if layer.weight.sparse is not None:
+            entry["sparse"] = layer.weight.sparse.describe()
+        if layer.weight.lattices:
+            entry["lattices"] = [lattice.book for lattice in layer.weight.lattices]
+        if layer.outliers is not None:
+            entry["outliers"] = {"threshold": layer.outliers.threshold}
         return entry
 
     def attention(layer: QAttention) -> dict[str, Any]:
@@ -216,24 +226,47 @@ def _unpack_attention(name: str, entry: Mapping[str, Any], rest: dict[str, Tenso
 def _unpack_map(name: str, entry: Mapping[str, Any] | None, rest: dict[str, Tensor]) -> Map | None:
     if entry is None:
         return None
-    inside = {key.removeprefix(f"{name}."): rest.pop(key) for key in list(rest) if key.startswith(f"{name}.")}
-    return map_from(entry, inside)
+    return map_from(entry, _inside(name, rest))
+
+
+def _inside(name: str, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the tensors below `name` out of `rest`."""
+    return {key.removeprefix(f"{name}."): rest.pop(key) for key in list(rest) if key.startswith(f"{name}.")}
 
 
 def _unpack_layer(name: str, site: Mapping[str, Any], formats: list[Spec | None], rest: dict[str, Tensor]) -> QLayer:
     shape = torch.Size(site["shape"])
     specs = [formats[i] for i in site["parts"]]
-    parts = tuple(_unpack_part(_prefix(name, i), spec, shape, rest) for i, spec in enumerate(specs) if spec is not None)
+    regions, covered = None, [None] * len(specs)
+    if "regions" in site:
+        regions = Regions.of(_inside(f"{name}.regions", rest), shape, site["regions"]["count"])
+        covered = site["regions"]["parts"]
+    parts = tuple(
+        _unpack_part(_prefix(name, i), spec, shape, rest, regions, covered[i])
+        for i, spec in enumerate(specs)
+        if spec is not None
+    )
     low_rank = None
     if "low_rank" in site:
         factors = {f"{name}.low_rank.{side}": site["low_rank"][side] for side in _SIDES}
         low_rank = LowRank(*(_unpack_factor(prefix, entry, formats, rest) for prefix, entry in factors.items()))
-    weight = QWeight(parts, low_rank, rest.pop(f"{name}.dense", None))
+    sparse = None
+    if "sparse" in site:
+        sparse = Sparse.from_tensors(_inside(f"{name}.sparse", rest), shape, site["sparse"]["layout"])
+    lattices = tuple(
+        Lattice.from_tensors(_inside(f"{name}.{_lattice(index)}", rest), book)
+        for index, book in enumerate(site.get("lattices", ()))
+    )
+    weight = QWeight(parts, low_rank, rest.pop(f"{name}.dense", None), regions, sparse, lattices)
     activation = None if site["activation"] is None else formats[site["activation"]]
     scale, zero = rest.pop(f"{name}.input_scale", None), rest.pop(f"{name}.input_zero", None)
     grid = None if scale is None or activation is None else Grid(activation, scale, zero)
-    map = _unpack_map(f"{name}.input_map", site.get("input_map"), rest)
-    return QLayer(weight, activation, grid, map, rest.pop(f"{name}.input_clip", None))
+    before, behind = (_unpack_map(f"{name}.{side}", site.get(side), rest) for side in _MAPS)
+    outliers = None
+    if "outliers" in site:
+        held = _inside(f"{name}.outliers", rest)
+        outliers = Outliers(held.get("columns"), site["outliers"]["threshold"], held.get("weight"))
+    return QLayer(weight, activation, grid, before, rest.pop(f"{name}.input_clip", None), behind, outliers)
 
 
 def _unpack_factor(
@@ -247,6 +280,10 @@ def _prefix(name: str, part: int) -> str:
     return name if part == 0 else f"{name}.part{part}"
 
 
+def _lattice(index: int) -> str:
+    return "lattice" if index == 0 else f"lattice{index}"
+
+
 def _unbounded(spec: Spec) -> bool:
     return isinstance(spec.number, Int) and spec.number.rule == "asymmetric-deepspeed"
 
@@ -256,34 +293,31 @@ def _pack_zero(zero: Tensor, spec: Spec) -> Tensor:
     return zero.to(torch.int32) if _unbounded(spec) else bits.pack(zero.to(torch.uint8).flatten(), spec.bits)
 
 
-def _unpack_part(prefix: str, spec: Spec, shape: torch.Size, rest: dict[str, Tensor]) -> QTensor:
+def _unpack_part(
+    prefix: str,
+    spec: Spec,
+    shape: torch.Size,
+    rest: dict[str, Tensor],
+    regions: Regions | None = None,
+    region: int | None = None,
+) -> QTensor:
     signed = isinstance(spec.number, Int) and spec.number.signed
-    codes = bits.unpack(rest.pop(f"{prefix}.codes"), spec.bits, shape[-1], signed=signed)
-    scale, offset, outer = _unpack_scales(prefix, spec, shape, rest)
+    packed = rest.pop(f"{prefix}.codes")
+    if regions is None or region is None:
+        codes = bits.unpack(packed, spec.bits, shape[-1], signed=signed)
+    else:
+        mask = regions.mask(region)
+        inside = bits.unpack(packed, spec.bits, int(mask.sum()), signed=signed)
+        codes = torch.zeros(shape, dtype=inside.dtype, device=inside.device).masked_scatter(mask, inside)
+    held = {key: rest.pop(f"{prefix}.{key}") for key in ("scale", "offset", "outer") if f"{prefix}.{key}" in rest}
+    scale, offset, outer = unpack_scales(spec, shape, held)
     zero = rest.pop(f"{prefix}.zero", None)
     if zero is not None:
         flat = zero if _unbounded(spec) else bits.unpack(zero, spec.bits, scale.numel(), signed=False)
         zero = flat.float().reshape(scale.shape)
     order = rest.pop(f"{prefix}.order", None)
     grid = Grid(spec, scale, zero, outer, offset)
-    return QTensor(codes, grid, None if order is None else order.long())
-
-
-def _unpack_scales(
-    prefix: str, spec: Spec, shape: torch.Size, rest: dict[str, Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The inverse of `_pack_scales`: (scale, offset, outer)."""
-    scale, outer, offset = (rest.pop(f"{prefix}.{key}", None) for key in ("scale", "outer", "offset"))
-    assert scale is not None
-    if spec.scale != "kquant":
-        return scale_values(scale, spec.scale, outer), None if offset is None else offset.float(), outer
-    assert outer is not None
-    form, outer = kquant.layout(spec), outer.float()
-    units = shape[-1] // form.width
-    scale = bits.unpack(scale, form.bits, units, signed=not form.minima)
-    if offset is not None:
-        offset = kquant.effective(bits.unpack(offset, form.bits, units, signed=False), outer[..., 1])
-    return kquant.effective(scale, outer[..., 0]), offset, outer
+    return QTensor(codes, grid, None if order is None else order.long(), region)
 
 
 def write_config(directory: Path, config: Mapping[str, Any]) -> None:
@@ -291,6 +325,23 @@ def write_config(directory: Path, config: Mapping[str, Any]) -> None:
     write_json(
         directory / "config.json", {**config, "quantization_config": {"quant_method": METHOD, "version": VERSION}}
     )
+
+
+_HELD = {"sparse", "lattices"}
+"""What a quantized weight may be made of beside codes on grids."""
+_TERMS = {
+    "regions": "parts of its own for some entries",
+    "sparse": "16-bit entries",
+    "lattices": "codes of vectors",
+    "output_map": "a map of its outputs",
+    "outliers": "inputs that are not quantized",
+}
+
+
+def terms(header: Mapping[str, str]) -> dict[str, list[str]]:
+    """What the quantized sites of a file hold beside what other formats know, in words, by the site's name."""
+    sites = json.loads(header.get("lowbit", '{"sites": {}}'))["sites"]
+    return {name: [words for key, words in _TERMS.items() if key in site] for name, site in sites.items()}
 
 
 def owner_of(tensor: str) -> str:
@@ -318,7 +369,7 @@ def sizes(directory: Path) -> Sizes:
         header = shard_header(file)
         total += file.stat().st_size
         every = json.loads(header.metadata.get("lowbit", '{"sites": {}}'))["sites"]
-        sites = {name: site for name, site in every.items() if site["parts"]}
+        sites = {name: site for name, site in every.items() if _HELD.intersection(site) or site["parts"]}
         weights += sum(prod(site["shape"]) for site in sites.values())
         for name, entry in header.tensors.items():
             if owner_of(name) in sites and not name.endswith(".bias"):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..numerics.grid import Grid, fit_range, unit_range
-from ..numerics.qtensor import QAttention, QLayer
+from ..numerics.qtensor import Outliers, QAttention, QLayer
 from ..numerics.scales import divided
 from ..numerics.spec import E4M3, Spec
 from ..numerics.ste import quantize_on, quantize_range
@@ -48,7 +48,7 @@ def local_grid(x: Tensor, tensor: Grid) -> Grid:
 
 
 class QLinear(nn.Module):
-    """y = Q(xP) Ŵᵀ + b, Ŵ the dequantized weight [O, I], P an online map and Q the input format where there are any.
+    """y = Q(xP) Ŵᵀ R + b: Ŵ the dequantized weight [O, I], P and R online maps and Q the input format, where there are.
 
     `weight` is a dense copy of Ŵ in `dtype`, so that code which looks at a linear's weight keeps working.
     """
@@ -65,6 +65,8 @@ class QLinear(nn.Module):
         self.input_grid = None if layer.input_grid is None else layer.input_grid.to(device)
         self.input_map = None if layer.input_map is None else layer.input_map.to(device)
         self.input_clip = None if layer.input_clip is None else layer.input_clip.to(device)
+        self.output_map = None if layer.output_map is None else layer.output_map.to(device)
+        self.outliers = None if layer.outliers is None else layer.outliers.to(device)
         self.register_buffer("weight", layer.weight.to(device).dequantize(dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype), persistent=False)
 
@@ -72,19 +74,42 @@ class QLinear(nn.Module):
         """Inputs [..., I] as the weight expects them, before they are quantized."""
         return x if self.input_map is None else self.input_map.apply(x)
 
+    def quantized(self, x: Tensor) -> Tensor:
+        """Mapped inputs [..., I] in the input format."""
+        if self.layer.activation is None:
+            return x
+        return quantize_activation(x, self.layer.activation, self.input_grid, self.input_clip)
+
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., I] to outputs [..., O]."""
         x = self.mapped(x)
-        if self.layer.activation is not None:
-            x = quantize_activation(x, self.layer.activation, self.input_grid, self.input_clip)
-        return F.linear(x, self.weight, self.bias)
+        if self.outliers is not None:
+            return self._beside_outliers(x, self.outliers)
+        if self.output_map is None:
+            return F.linear(self.quantized(x), self.weight, self.bias)
+        return self._mapped_back(F.linear(self.quantized(x), self.weight))
+
+    def _beside_outliers(self, x: Tensor, outliers: Outliers) -> Tensor:
+        """The product where some channels are not quantized: their values are no part of any range either."""
+        kept = outliers.of(x)
+        inside = self.quantized(x.masked_fill(kept, 0))
+        if outliers.weight is None:
+            return self._mapped_back(F.linear(torch.where(kept, x, inside), self.weight))
+        outside = F.linear(x.masked_fill(~kept, 0), outliers.weight.to(x.dtype))
+        return self._mapped_back(F.linear(inside.masked_fill(kept, 0), self.weight) + outside)
+
+    def _mapped_back(self, y: Tensor) -> Tensor:
+        y = y if self.output_map is None else self.output_map.apply(y)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shape and formats, for printing a model."""
-        parts, inputs = self.layer.weight.parts, self.layer.activation
+        parts, lattices, inputs = self.layer.weight.parts, self.layer.weight.lattices, self.layer.activation
         formats = [f"weight {parts[0].grid.spec}"] if parts else []
+        formats += [f"weight {' + '.join(lattice.book for lattice in lattices)}"] if lattices else []
         formats += [f"input {inputs}"] if inputs else []
         formats += [f"input map {self.input_map}"] if self.input_map else []
+        formats += [f"output map {self.output_map}"] if self.output_map else []
         return ", ".join([f"{self.in_features} -> {self.out_features}", *formats])
 
 

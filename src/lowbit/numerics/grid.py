@@ -17,8 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import kquant
-from .scales import divided, largest_exponent, store_scale, symmetric_scale
+from . import bilevel, kquant
+from .scales import INT8_LARGEST, divided, largest_exponent, scale_codes, store_scale, stored_scale, symmetric_scale
 from .spec import Codebook, Float, Int, Number, Spec
 
 
@@ -170,6 +170,19 @@ class Grid:
     def _spread(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x[..., :, None, :, None]
 
+    @property
+    def reach(self) -> Tensor | None:
+        """How large levels of every unit may be, shaped like the scale: None where their codes alone set the limit."""
+        if self.spec.scale != "integer":
+            return None
+        return (INT8_LARGEST / scale_codes(self.scale, self.spec.scale, self.outer).float()).floor()
+
+    def _nearest(self, units: Tensor) -> Tensor:
+        """Levels of shifted values, both as units."""
+        levels = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, self._spread(self.zero))
+        reach = self._spread(self.reach)
+        return levels if reach is None else levels.clamp(-reach, reach)
+
     def to(self, device: torch.device | str) -> Grid:
         """The same on another device."""
         zero, outer, offset = (None if x is None else x.to(device) for x in (self.zero, self.outer, self.offset))
@@ -178,16 +191,14 @@ class Grid:
     def rows(self, units: slice) -> Grid:
         """The grid of these rows of units of a matrix."""
         whole = units.indices(len(self.scale)) == (0, len(self.scale), 1)
-        assert whole or self.spec.scale != "double", "steps of double quantization span rows"
+        assert whole or self.spec.scale not in ("double", "bilevel"), "rows share what their scales are stored by"
         outer = self.outer if self.outer is None or len(self.outer) == 1 else self.outer[units]
         zero, offset = (None if x is None else x[units] for x in (self.zero, self.offset))
         return Grid(self.spec, self.scale[units], zero, outer, offset)
 
     def levels(self, x: Tensor) -> Tensor:
         """Round values [..., R, C] to levels of the same shape."""
-        units = self._shifted(x)
-        units = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, self._spread(self.zero))
-        return from_units(units, x.shape)
+        return from_units(self._nearest(self._shifted(x)), x.shape)
 
     def spell(self, levels: Tensor) -> Tensor:
         """Codes of levels [..., R, C] of this grid: int8 or uint8, same shape."""
@@ -196,10 +207,8 @@ class Grid:
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of values [..., R, C]: int8 or uint8, same shape."""
-        units = self._shifted(x)
-        zero = self._spread(self.zero)
-        levels = to_levels(units / self.scale[..., :, None, :, None], self.spec.number, zero)
-        return from_units(to_codes(levels, self.spec.number, zero), x.shape)
+        levels = self._nearest(self._shifted(x))
+        return from_units(to_codes(levels, self.spec.number, self._spread(self.zero)), x.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of codes [..., R, C] in fp32: s (q - z), or s q - offset: the definition of what was quantized."""
@@ -208,10 +217,8 @@ class Grid:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Fake quantization in fp32: `decode(encode(x))` without the detour through codes."""
-        units = self._shifted(x)
-        scale = self.scale[..., :, None, :, None]
-        levels = to_levels(units / scale, self.spec.number, self._spread(self.zero))
-        return from_units(self._unshifted(levels * scale), x.shape)
+        levels = self._nearest(self._shifted(x))
+        return from_units(self._unshifted(levels * self.scale[..., :, None, :, None]), x.shape)
 
 
 def grid_from_range(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None = None) -> Grid:
@@ -226,19 +233,18 @@ def grid_from_range(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None 
         return _grid_with_minima(low, high, spec, outer)
     if not isinstance(number, Int) or number.symmetric:
         amax = torch.maximum(high.abs(), low.abs())
-        scale, outer = symmetric_scale(amax, _amax_levels(number), spec, outer)
+        scale, outer = symmetric_scale(amax, amax_levels(number), spec, outer)
         unsigned = isinstance(number, Int) and not number.signed
         zero = torch.full_like(scale, float(1 << (number.bits - 1))) if unsigned else None
         return Grid(spec, scale, zero, outer)
     if number.rule != "asymmetric-raw":
         low, high = low.clamp_max(0), high.clamp_min(0)
     steps = 2**number.bits if number.rule == "asymmetric-deepspeed" else 2**number.bits - 1
-    scale = divided(high - low, steps)
-    scale = store_scale(torch.where(scale > 0, scale, 1.0), spec.scale)
+    scale, outer = stored_scale(divided(high - low, steps), spec, outer)
     zero = -(low / scale).round()
     if number.rule != "asymmetric-deepspeed":
         zero = zero.clamp(number.low, number.high)
-    return Grid(spec, scale, zero)
+    return Grid(spec, scale, zero, outer)
 
 
 def _grid_with_minima(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | None) -> Grid:
@@ -247,11 +253,15 @@ def _grid_with_minima(low: Tensor, high: Tensor, spec: Spec, outer: Tensor | Non
     assert isinstance(number, Int)
     if number.symmetric:
         amax = torch.maximum(high.abs(), low.abs())
-        scale, _, outer = kquant.stored(divided(amax, _amax_levels(number)), None, spec, outer)
+        scale, _, outer = kquant.stored(divided(amax, amax_levels(number)), None, spec, outer)
         return Grid(spec, scale, None, outer)
     offset = -low.clamp_max(0)
     if spec.scale == "kquant":
         scale, stored, outer = kquant.stored(divided(high + offset, number.high), offset, spec, outer)
+        return Grid(spec, scale, None, outer, stored)
+    if spec.scale == "bilevel":
+        scale = divided(high.clamp_min(0) + offset, number.high)
+        scale, stored, outer = bilevel.stored(scale, torch.where(scale > 0, offset / scale, 0.0), outer)
         return Grid(spec, scale, None, outer, stored)
     offset = store_scale(offset, spec.scale).where(offset > 0, 0.0)
     scale = divided(high + offset, number.high)
@@ -266,7 +276,7 @@ def grid_range(grid: Grid) -> tuple[Tensor, Tensor]:
         return -grid.offset, number.high * grid.scale - grid.offset
     if not isinstance(number, Int) or number.symmetric:
         shared = grid.spec.scale.startswith("e8m0")  # rules round amax to a power of two
-        amax = grid.scale * (2.0 ** largest_exponent(number) if shared else _amax_levels(number))
+        amax = grid.scale * (2.0 ** largest_exponent(number) if shared else amax_levels(number))
         return -amax, amax
     assert grid.zero is not None, "asymmetric grids have a zero-point"
     steps = 2**number.bits if number.rule == "asymmetric-deepspeed" else 2**number.bits - 1
@@ -274,7 +284,7 @@ def grid_range(grid: Grid) -> tuple[Tensor, Tensor]:
     return low, low + steps * grid.scale
 
 
-def _amax_levels(number: Number) -> float:
+def amax_levels(number: Number) -> float:
     """How many scales make up amax under a symmetric rule."""
     if not isinstance(number, Int):
         return number.largest
@@ -328,10 +338,9 @@ def _search_rows(
     best, least = None, torch.full_like(low, torch.inf)
     for ratio in ratios:
         grid = grid_from_range(low * ratio, high * ratio, spec, outer)
-        scale = grid.scale[..., :, None, :, None]
         shifted = units if grid.offset is None else units + grid.offset[..., :, None, :, None]
-        levels = to_levels(shifted / scale, spec.number, grid._spread(grid.zero))
-        loss = error(levels.mul_(scale).sub_(shifted), rows)
+        levels = grid._nearest(shifted)
+        loss = error(levels.mul_(grid.scale[..., :, None, :, None]).sub_(shifted), rows)
         better = loss < least
         least = torch.where(better, loss, least)
         best = grid if best is None else _choose(better, grid, best)
@@ -355,7 +364,8 @@ def search_mse(
     per_column = None if weight is None else to_units(weight.float().expand(1, -1), (1, spec.block[1]))[0, 0]
 
     def error(difference: Tensor, rows: slice) -> Tensor:
-        power = difference.abs_().log_().mul_(norm).exp_()  # |d|^norm; pow_ takes three times as long, log 0 is -inf
+        # |d|^norm; pow_ takes three times as long, log 0 is -inf
+        power = difference.square_() if norm == 2 else difference.abs_().log_().mul_(norm).exp_()
         return (power if per_column is None else power.mul_(per_column)).sum(-1).sum(-2)  # one sum over both is slow
 
     return search_range(x, spec, (1 - i / grid for i in range(int(maxshrink * grid))), error)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -142,6 +142,130 @@ class Kronecker(Map):
         return Kronecker(left, right, self.sizes)
 
 
+@dataclass(frozen=True)
+class Seeded(Map):
+    """An orthogonal map that is drawn from a seed, which is all that a file holds of it; `back` makes it its inverse.
+
+    Its numbers are drawn in fp64 on the CPU, so that every device has the same ones, and kept once they are drawn.
+    """
+
+    size: int
+    seed: int
+    back: bool = False
+    _drawn: dict[tuple[torch.dtype, torch.device], Any] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def _draw(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """What `_turn` works with."""
+
+    @abstractmethod
+    def _turn(self, x: Tensor, drawn: Any) -> Tensor:
+        """x P in x's dtype."""
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    @property
+    def inverse(self) -> Self:
+        """P⁻¹ = Pᵀ as a map of its own."""
+        return replace(self, back=not self.back)
+
+    def apply(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        place = (wide.dtype, wide.device)
+        if place not in self._drawn:
+            self._drawn[place] = self._draw(*place)
+        return self._turn(wide, self._drawn[place]).to(x.dtype)
+
+    def inverse_weight(self, weight: Tensor) -> Tensor:
+        return self.apply(weight.double()).to(weight.dtype)  # P is orthogonal: P⁻ᵀ = P
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": self.kind, "size": self.size, "seed": self.seed, "back": self.back}
+
+    def to(self, device: torch.device | str) -> Map:
+        return replace(self)  # without what was drawn elsewhere
+
+
+@dataclass(frozen=True)
+class PermutedKronecker(Seeded):
+    """P = Π (left ⊗ right) Π', two Haar-distributed factors near √size between two random permutations (QuIP)."""
+
+    kind: ClassVar[str] = "permuted-kronecker"
+
+    def _draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Factor], Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        first, last = (torch.randperm(self.size, generator=generator) for _ in range(2))
+        factors = [random_orthogonal(n, generator) for n in kronecker_sizes(self.size)]
+        if self.back:
+            first, last, factors = last.argsort(), first.argsort(), [factor.T.contiguous() for factor in factors]
+        return first.to(device), [factor.to(device, dtype) for factor in factors], last.to(device)
+
+    def _turn(self, x: Tensor, drawn: tuple[Tensor, list[Factor], Tensor]) -> Tensor:
+        first, factors, last = drawn
+        return kronecker(x.index_select(-1, first), factors).index_select(-1, last)
+
+
+@dataclass(frozen=True)
+class SignedHadamard(Seeded):
+    """P = D H / √size, D random signs (QuIP#). Raises ValueError where there is no Hadamard transform."""
+
+    kind: ClassVar[str] = "signed-hadamard"
+
+    def __post_init__(self) -> None:
+        if not has_hadamard(self.size):
+            raise ValueError(f"There is no Hadamard transform of order {self.size}; use an orthogonal map there.")
+
+    def _draw(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        orders = hadamard_factors(self.size)
+        assert orders is not None
+        factors = [_normalised(order, dtype, device) for order in orders]
+        return signs(self.size, self.seed).to(device, dtype), [f.T if self.back else f for f in factors]
+
+    def _turn(self, x: Tensor, drawn: tuple[Tensor, list[Tensor]]) -> Tensor:
+        signs, factors = drawn
+        return kronecker(x, factors) * signs if self.back else kronecker(x * signs, factors)
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled(Map):
+    """P = diag(scale) Q: every feature times its number in `scale` [n], and then the map Q."""
+
+    scale: Tensor
+    then: Map
+
+    @property
+    def width(self) -> int:
+        return self.then.width
+
+    def apply(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.then.apply(wide * self.scale.to(wide.dtype)).to(x.dtype)
+
+    def inverse_weight(self, weight: Tensor) -> Tensor:
+        return self.then.inverse_weight(weight.double() / self.scale.double()).to(weight.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scale": self.scale, **self.then.tensors()}
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "rescaled", "then": self.then.describe()}
+
+    def to(self, device: torch.device | str) -> Map:
+        return Rescaled(self.scale.to(device), self.then.to(device))
+
+
+_SEEDED: dict[str, type[Seeded]] = {each.kind: each for each in (PermutedKronecker, SignedHadamard)}
+
+
 def map_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Map:
     """The map that `describe()` and `tensors()` of one wrote down. Raises ValueError for an unknown kind."""
     kind = description["kind"]
@@ -150,7 +274,12 @@ def map_from(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> M
     if kind == "kronecker":
         first, second = description["sizes"]
         return Kronecker(tensors.get("left"), tensors.get("right"), (first, second))
-    raise ValueError(f"{kind!r} is no map that this version knows: it knows hadamard and kronecker.")
+    if kind == "rescaled":
+        return Rescaled(tensors["scale"], map_from(description["then"], tensors))
+    if kind in _SEEDED:
+        return _SEEDED[kind](description["size"], description["seed"], description["back"])
+    known = ", ".join(("hadamard", "kronecker", "rescaled", *_SEEDED))
+    raise ValueError(f"{kind!r} is no map that this version knows: it knows {known}.")
 
 
 def kronecker(x: Tensor, factors: Sequence[Factor]) -> Tensor:
@@ -185,6 +314,11 @@ def hadamard_or_orthogonal(n: int, repeat: int = 1, seed: int = 0) -> Map:
     return Kronecker(random_orthogonal(n, seed).float(), None, (n, repeat))
 
 
+def incoherent(n: int, seed: int, *, fast: bool) -> Seeded:
+    """A random orthogonal map that mixes all of n features: `fast` by a Hadamard transform, where there is one."""
+    return SignedHadamard(n, seed) if fast and has_hadamard(n) else PermutedKronecker(n, seed)
+
+
 def kronecker_sizes(n: int) -> tuple[int, int]:
     """(n1, n2) with n1 n2 = n, n1 <= n2 and n1 + n2 smallest: the factor pair nearest √n."""
     first = max(d for d in range(1, int(n**0.5) + 1) if n % d == 0)
@@ -194,9 +328,10 @@ def kronecker_sizes(n: int) -> tuple[int, int]:
 # --- rotations to be merged -------------------------------------------------------------------------------------------
 
 
-def random_orthogonal(n: int, seed: int) -> Tensor:
+def random_orthogonal(n: int, seed: int | torch.Generator) -> Tensor:
     """A Haar-distributed orthogonal matrix [n, n] in fp64: QR of a Gaussian, columns times sign(diag R)."""
-    gaussian = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    gaussian = torch.randn(n, n, dtype=torch.float64, generator=generator)
     q, r = cast(tuple[Tensor, Tensor], torch.linalg.qr(gaussian))
     return q * r.diagonal().sign()
 
@@ -205,8 +340,12 @@ def random_hadamard(n: int, seed: int) -> Tensor:
     """QuaRot's Q = D H / √n [n, n] in fp64, D random signs; `random_orthogonal` where no Hadamard matrix is known."""
     if not has_hadamard(n):
         return random_orthogonal(n, seed)
-    signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return (hadamard(n) * signs).double() / math.sqrt(n)
+    return (hadamard(n) * signs(n, seed)[:, None]).double() / math.sqrt(n)
+
+
+def signs(n: int, seed: int) -> Tensor:
+    """Random signs [n], ±1."""
+    return torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def mean_preserving(n: int, seed: int) -> Tensor:

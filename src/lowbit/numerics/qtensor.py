@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .grid import Grid
 from .kv import KV, Affine
+from .lattice import Lattice
 from .maps import Map
+from .places import Regions, Sparse
 from .spec import Spec
 
 
@@ -22,12 +24,14 @@ class QTensor:
     """Codes [R, C] (int8 or uint8) on a grid.
 
     `order` [C] is the permutation under which the columns of a group lie side by side (GPTQ's act-order with groups
-    fitted on the way); None is the natural order. Codes themselves are always in natural order.
+    fitted on the way); None is the natural order. Codes themselves are always in natural order. `region` is the part of
+    a weight's `Regions` that the codes cover; elsewhere they are zero, stand for nothing, and are not stored.
     """
 
     codes: Tensor
     grid: Grid
     order: Tensor | None = None
+    region: int | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -57,13 +61,12 @@ class QTensor:
         height = self.codes.shape[-2] if self.grid.spec.block[0] == -1 else self.grid.spec.block[0]
         assert start % height == 0 or height == self.codes.shape[-2], "a unit straddles the cut"
         units = slice(start // height, -(-stop // height))
-        return QTensor(self.codes[start:stop], self.grid.rows(units), self.order)
+        return QTensor(self.codes[start:stop], self.grid.rows(units), self.order, self.region)
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same on another device."""
-        return QTensor(
-            self.codes.to(device), self.grid.to(device), None if self.order is None else self.order.to(device)
-        )
+        order = None if self.order is None else self.order.to(device)
+        return QTensor(self.codes.to(device), self.grid.to(device), order, self.region)
 
 
 @dataclass(frozen=True)
@@ -85,38 +88,88 @@ class LowRank:
 
 @dataclass(frozen=True)
 class QWeight:
-    """A weight [O, I] as a sum: of QTensors (one for uniform methods, several for residual ones), and of what is added
-    to them, a low-rank correction and a 16-bit part (the whole weight where a site keeps 16 bits).
+    """A weight [O, I] as a sum: of QTensors (one for uniform methods, several for residual ones and for those that
+    treat `regions` of a weight differently), and of what is added to them, a low-rank correction and a 16-bit part (the
+    whole weight where a site keeps 16 bits). The entries of `sparse` replace what the sum has there. Codes of vectors
+    are `lattices`, the second of what the first has left.
     """
 
     parts: tuple[QTensor, ...]
     low_rank: LowRank | None = None
     dense: Tensor | None = None
+    regions: Regions | None = None
+    sparse: Sparse | None = None
+    lattices: tuple[Lattice, ...] = ()
 
     @property
     def shape(self) -> torch.Size:
         if self.parts:
             return self.parts[0].shape
+        if self.lattices:
+            return self.lattices[0].shape
+        if self.sparse is not None:
+            return self.sparse.mask.shape
         assert self.dense is not None, "a weight has at least one part"
         return self.dense.shape
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is one QTensor and nothing else, which is what other software's formats hold."""
+        extra = (self.low_rank, self.dense, self.regions, self.sparse)
+        return len(self.parts) == 1 and not self.lattices and all(term is None for term in extra)
+
     def to(self, device: torch.device | str) -> QWeight:
         """The same on another device."""
-        low_rank = None if self.low_rank is None else self.low_rank.to(device)
-        dense = None if self.dense is None else self.dense.to(device)
-        return QWeight(tuple(part.to(device) for part in self.parts), low_rank, dense)
+        terms = (self.low_rank, self.dense, self.regions, self.sparse)
+        low_rank, dense, regions, sparse = (None if term is None else term.to(device) for term in terms)
+        parts, lattices = (tuple(term.to(device) for term in each) for each in (self.parts, self.lattices))
+        return QWeight(parts, low_rank, dense, regions, sparse, lattices)  # type: ignore[arg-type]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values [O, I]: the sum in fp32, rounded to `dtype` last."""
-        terms = [part.dequantize() for part in self.parts]
+        terms = [*(self._values(part) for part in self.parts), *(lattice.dequantize() for lattice in self.lattices)]
         if self.low_rank is not None:
             terms.append(self.low_rank.dequantize())
         if self.dense is not None:
             terms.append(self.dense.float())
+        if not terms:
+            assert self.sparse is not None, "a weight has at least one part"
+            terms = [torch.zeros(self.shape, device=self.sparse.values.device)]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
-        return total.to(dtype)
+        return (total if self.sparse is None else self.sparse.over(total)).to(dtype)
+
+    def _values(self, part: QTensor) -> Tensor:
+        if part.region is None:
+            return part.dequantize()
+        assert self.regions is not None, "a part of a region belongs to a weight that has regions"
+        return part.dequantize().where(self.regions.mask(part.region), 0.0)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Input channels that stay out of quantization: those numbered in `columns` int32 [k], or, of every call, those in
+    which some input reaches `threshold`. What is left out multiplies `weight` 16-bit [O, I] instead of the quantized
+    one, if that is there.
+    """
+
+    columns: Tensor | None = None
+    threshold: float | None = None
+    weight: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Outliers:
+        """The same on another device."""
+        columns, weight = (None if x is None else x.to(device) for x in (self.columns, self.weight))
+        return Outliers(columns, self.threshold, weight)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Which channels of inputs [..., I] are kept, bool [I]."""
+        if self.columns is not None:
+            kept = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+            return kept.index_fill(0, self.columns.long(), True)
+        assert self.threshold is not None, "outliers are known, or told by a threshold"
+        return x.abs().reshape(-1, x.shape[-1]).amax(0) >= self.threshold
 
 
 @dataclass(frozen=True)
@@ -124,8 +177,9 @@ class QLayer:
     """All that is stored of one linear: its weight [O, I], and what happens to its inputs before the product.
 
     Inputs pass `input_map` first (an online transform; the weight is that for mapped inputs) and are then quantized to
-    `activation`, None where they stay as they are. `input_grid` is the calibrated range of a static format;
-    `input_clip` [2] are the parts of every token's smallest and largest value that a dynamic format covers.
+    `activation`, None where they stay as they are, but for the channels that `outliers` leave out. `input_grid` is the
+    calibrated range of a static format; `input_clip` [2] are the parts of every token's smallest and largest value that
+    a dynamic format covers. The product passes `output_map`, and then the bias is added.
     """
 
     weight: QWeight
@@ -133,6 +187,13 @@ class QLayer:
     input_grid: Grid | None = None
     input_map: Map | None = None
     input_clip: Tensor | None = None
+    output_map: Map | None = None
+    outliers: Outliers | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one QTensor behind its inputs, maps and formats of which other software may know."""
+        return self.weight.plain and self.output_map is None and self.outliers is None
 
 
 @dataclass(frozen=True)

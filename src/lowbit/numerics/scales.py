@@ -1,10 +1,10 @@
 """How scales are rounded and stored: what is rounded with a scale is rounded with the number in the file.
 
 Some formats store a scale relative to an *outer* one: NVFP4's tensor scale, the row maximum of ZeroQuant-FP's M2, the
-constants of double quantization. The outer is fixed from the full range of the whole tensor (or row) before the first
-scale is stored, so that neither searching a unit's range nor fitting one group on the way can move the others. What
-everybody computes with is the effective fp32 scale; the stored code is recovered from it and the outer exactly, so no
-second copy of it is carried around.
+constants of double quantization, what DGQ's integers multiply. The outer is fixed from the full range of the whole
+tensor (or row) before the first scale is stored, so that neither searching a unit's range nor fitting one group on the
+way can move the others. What everybody computes with is the effective fp32 scale; the stored code is recovered from it
+and the outer exactly, so no second copy of it is carried around.
 
 Powers of two are made and read through the bits of fp32: logarithms err next to them.
 """
@@ -27,6 +27,8 @@ M2_LARGEST = 8
 """v·2⁻ⁿ is an E4M3 number for every E2M1 value v up to this n: scales stay within 2⁻⁸ of their row's."""
 DOUBLE_BLOCK = 256
 """Units that share a step in double quantization."""
+INT8_LARGEST = 127
+"""What a level times its unit's integer scale may reach."""
 
 _PLAIN = {"half": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _PLAIN["float16-min"] = torch.float16
@@ -51,7 +53,11 @@ def symmetric_scale(amax: Tensor, levels: float, spec: Spec, outer: Tensor | Non
     """
     if spec.scale.startswith("e8m0"):
         return _shared_exponent(amax, levels, spec), None
-    scale = divided(amax, levels)
+    return stored_scale(divided(amax, levels), spec, outer)
+
+
+def stored_scale(scale: Tensor, spec: Spec, outer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(scales, outer) as they can be stored for ideal ones [..., R/r, C/c]; see `symmetric_scale`."""
     if not spec.relative:
         return store_scale(torch.where(scale > 0, scale, 1.0), spec.scale), None
     outer = _outer(scale, spec) if outer is None else outer
@@ -97,6 +103,8 @@ def _outer(scale: Tensor, spec: Spec) -> Tensor:
     """
     if spec.scale == "double":
         return _double_outer(scale)
+    if spec.scale == "integer":  # the largest unit keeps all levels if they lie around zero
+        return integer_outer(divided(scale.amax(-1, keepdim=True), max(1, INT8_LARGEST >> (spec.bits - 1))))
     if spec.scale == "e4m3":
         largest = scale.amax(-1, keepdim=True) if spec.dynamic else scale.amax((-2, -1), keepdim=True)
         outer = divided(largest, torch.finfo(torch.float8_e4m3fn).max)
@@ -106,6 +114,11 @@ def _outer(scale: Tensor, spec: Spec) -> Tensor:
     if spec.scale == "e4m3":  # files hold its inverse, so it is the inverse of a number that fp32 has
         outer = outer.reciprocal().reciprocal()
     return outer
+
+
+def integer_outer(outer: Tensor) -> Tensor:
+    """Scales of rows under integer ones, as they are stored: in eight significant bits, so that products are exact."""
+    return torch.where(outer > 0, outer, 1.0).clamp_min(2.0**-112).bfloat16().float()
 
 
 def _double_outer(scale: Tensor) -> Tensor:
@@ -131,7 +144,8 @@ def relative_scale(scale: Tensor, dtype: ScaleDtype, outer: Tensor) -> Tensor:
 
 
 def scale_codes(scale: Tensor, dtype: ScaleDtype, outer: Tensor | None) -> Tensor:
-    """Scales as files hold them: floats, E8M0 or M2's n as uint8, NVFP4's as E4M3, double quantization's as int8.
+    """Scales as files hold them: floats, E8M0 or M2's n as uint8, NVFP4's as E4M3, double quantization's as int8,
+    DGQ's integers as uint8.
 
     For scales that went through here before this is exact, so `scale_values` is its inverse.
     """
@@ -142,6 +156,8 @@ def scale_codes(scale: Tensor, dtype: ScaleDtype, outer: Tensor | None) -> Tenso
     assert outer is not None, f"{dtype} scales have an outer scale"
     if dtype == "e4m3":
         return (scale / outer).clamp(2.0**-6, 448.0).to(torch.float8_e4m3fn)
+    if dtype == "integer":
+        return (scale / outer).round().clamp(1, INT8_LARGEST).to(torch.uint8)
     if dtype == "double":
         mean, step = _double(outer, scale.shape)
         least = (0.5 - mean / step).ceil().clamp_min(-127)  # scales are positive
@@ -158,7 +174,7 @@ def scale_values(codes: Tensor, dtype: ScaleDtype, outer: Tensor | None) -> Tens
     if dtype.startswith("e8m0"):
         return power_of_two(codes.to(torch.int32) - 127)
     assert outer is not None, f"{dtype} scales have an outer scale"
-    if dtype == "e4m3":
+    if dtype in ("e4m3", "integer"):
         return codes.float() * outer
     if dtype == "double":
         mean, step = _double(outer, codes.shape)
@@ -169,7 +185,7 @@ def scale_values(codes: Tensor, dtype: ScaleDtype, outer: Tensor | None) -> Tens
 def scale_bytes(rows: int, columns: int, dtype: ScaleDtype) -> int:
     """Bytes of the scales of rows x columns units and of their outer."""
     units = rows * columns
-    outer = {"e4m3": 1, "m2": rows, "m2-ceil": rows, "double": 1 + -(-units // DOUBLE_BLOCK)}
+    outer = {"e4m3": 1, "m2": rows, "m2-ceil": rows, "integer": rows, "double": 1 + -(-units // DOUBLE_BLOCK)}
     return units * (_PLAIN[dtype].itemsize if dtype in _PLAIN else 1) + 4 * outer.get(dtype, 0)
 
 

@@ -34,6 +34,8 @@ ScaleDtype = Literal[
     "double",
     "float16-min",
     "kquant",
+    "integer",
+    "bilevel",
 ]
 """How a scale S = amax/(largest level) is rounded and stored, before anything is rounded with it.
 
@@ -49,6 +51,8 @@ m2-ceil      the same with ⌈⌉; may saturate                                 
 double       8 bits: the mean scale plus q steps, one fp32 step per 256 units                    QLoRA
 float16-min  fp16, and beside it minus the least value in fp16 instead of a zero-point             GGUF Q4_1, Q5_1
 kquant       4 to 8 bits times one fp16 scale per 256 columns; least values likewise              GGUF Q2_K to Q6_K
+integer      n from 1 to 127 times one scale of the row; levels end where n times them fits int8  DGQ
+bilevel      3 bits, on a grid of two fp16 numbers per 16 rows; zeros, which are no codes, likewise     SpQR
 ===========  ==================================================================================  =======================
 
 M2 with ⌊⌋ or ⌈⌉ by least error needs no name: ⌈⌉ is what ⌊⌋ gives for half the range, so any search of ranges finds it.
@@ -56,9 +60,9 @@ M2 with ⌊⌋ or ⌈⌉ by least error needs no name: ⌈⌉ is what ⌊⌋ giv
 
 PLAIN: tuple[ScaleDtype, ...] = ("half", "float32", "bfloat16", "float16")
 """Scales that are one floating-point number each."""
-RELATIVE: tuple[ScaleDtype, ...] = ("e4m3", "m2", "m2-ceil", "double", "kquant")
-"""Scales stored relative to something of the whole tensor or row (see `scales.py`, `kquant.py`)."""
-MINIMA: tuple[ScaleDtype, ...] = ("float16-min", "kquant")
+RELATIVE: tuple[ScaleDtype, ...] = ("e4m3", "m2", "m2-ceil", "double", "kquant", "integer", "bilevel")
+"""Scales stored relative to something of the whole tensor or row (see `scales.py`, `kquant.py`, `bilevel.py`)."""
+MINIMA: tuple[ScaleDtype, ...] = ("float16-min", "kquant", "bilevel")
 """Scales of asymmetric integers beside which a unit's least value is stored, instead of a zero-point."""
 SUPER = 256
 """Columns of a K-quant's super-block."""
@@ -165,6 +169,8 @@ E3M2 = Float(3, 2, 28.0)
 E2M3 = Float(2, 3, 7.5)
 E2M1 = Float(2, 1, 6.0)
 E3M0 = Float(3, 0, 16.0)
+BF16 = Float(8, 7, 3.3895313892515355e38)
+"""16-bit floats as they are. No code is made of them: it is the format of weights of which some are left out."""
 
 NF4 = Codebook(
     "nf4",
@@ -200,10 +206,15 @@ class Spec:
         if isinstance(self.number, Int) and not self.number.symmetric:
             if self.square:
                 raise ValueError("square blocks are padded with zeros and must be symmetric: drop the asymmetric rule")
-            if self.scale not in (*PLAIN, *MINIMA):
+            if self.scale not in (*PLAIN, *MINIMA, "integer"):
                 raise ValueError(f"{self.scale} scales have no zero-points: drop the asymmetric rule, or use half")
         if self.scale == "float16-min" and (not isinstance(self.number, Int) or self.number.symmetric):
             raise ValueError(f"{self.number} has no least value to store: use half scales, or the asymmetric rule")
+        if self.scale == "integer" and not isinstance(self.number, Int):
+            raise ValueError(f"integer scales make smaller integers int8, and {self.number} is none: use half scales")
+        zeros = isinstance(self.number, Int) and not self.number.symmetric
+        if self.scale == "bilevel" and not (zeros and self.block[0] == 1):
+            raise ValueError("bilevel scales come with zeros, by group of a row: use asymmetric, or half scales")
         if self.scale == "kquant" and self.bits not in _K_UNITS:
             raise ValueError(f"K-quants have 2 to 6 bits, not {self.bits}: write q2k to q6k")
         if self.scale == "kquant" and (self.number, self.block) != _k_layout(self.bits):
@@ -232,7 +243,7 @@ class Spec:
     @property
     def by_row(self) -> bool:
         """Whether a weight of this format can be cut between any two rows."""
-        return self.block[0] == 1 and self.scale != "double"
+        return self.block[0] == 1 and self.scale not in ("double", "bilevel")
 
     @property
     def group(self) -> int:

@@ -94,6 +94,29 @@ class AbsMean:
             self._sum = self._sum / scale.abs()
 
 
+class Square:
+    """The sum of squares of every input channel, [I]: the diagonal of a Gram matrix, at the price of a mean (Wanda)."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [T, I]."""
+        total = x.float().square().sum(0)
+        self._sum = total if self._sum is None else self._sum + total
+
+    @property
+    def norm(self) -> Tensor:
+        """The Euclidean norm of every channel over all tokens, [I]."""
+        assert self._sum is not None, "no inputs were observed"
+        return self._sum.sqrt()
+
+    def transport(self, scale: Tensor) -> None:
+        """Inputs become x / scale, [I]."""
+        if self._sum is not None:
+            self._sum = self._sum / scale.square()
+
+
 class MinMax:
     """The smallest and largest value of every input channel, [I] each."""
 
@@ -154,4 +177,4 @@ class Cross:
             self._sum.div_(scale[:, None]).div_(scale)
 
 
-Statistic = Gram | AbsMean | MinMax | Cross
+Statistic = Gram | AbsMean | Square | MinMax | Cross
