@@ -35,10 +35,12 @@ def stored_for(model: nn.Module) -> tuple[int, int]:
     """
     stored = weights = 0
     for module in model.modules():
-        if isinstance(module, QLinear) and module.layer.weight.parts:
-            tensors = native.pack("", on_meta(module.layer)).values()
+        if isinstance(module, QLinear) and module.layer.weight.dense is None:
+            weight = module.layer.weight
+            masked = weight.regions is not None or weight.sparse is not None  # how many bytes is for the masks to say
+            tensors = native.pack("", module.layer if masked else on_meta(module.layer)).values()
             stored += sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
-            weights += module.layer.weight.shape.numel()
+            weights += weight.shape.numel()
     return stored, weights
 
 
@@ -51,10 +53,9 @@ def parameters_of(model: nn.Module) -> int:
 
 def on_meta(layer: QLayer) -> QLayer:
     """A layer's shapes without its values."""
-    grid = None if layer.input_grid is None else layer.input_grid.to("meta")
-    map = None if layer.input_map is None else layer.input_map.to("meta")
-    clip = None if layer.input_clip is None else layer.input_clip.to("meta")
-    return QLayer(layer.weight.to("meta"), layer.activation, grid, map, clip)
+    terms = (layer.input_grid, layer.input_map, layer.input_clip, layer.output_map, layer.outliers)
+    grid, map, clip, back, outliers = (None if term is None else term.to("meta") for term in terms)
+    return QLayer(layer.weight.to("meta"), layer.activation, grid, map, clip, back, outliers)  # type: ignore[arg-type]
 
 
 def size_on_disk(directory: str | Path) -> int:

@@ -81,12 +81,15 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
 
 def reference(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     """The definition of `linear`, from the prepared codes: exact weights, sums in fp32, rounded once."""
-    codes, scale, zero = restore(weight)
-    groups = scale.shape[1]
-    levels = codes.float().unflatten(1, (groups, -1)) - zero[..., None]
-    values = (levels * scale[..., None]).flatten(1)
     inputs = x if weight.order is None else x[..., weight.order]
-    return F.linear(inputs.float(), values, None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(inputs.float(), values(weight), None if bias is None else bias.float()).to(x.dtype)
+
+
+def values(weight: Prepared) -> Tensor:
+    """Ŵ [N, K] in fp32, columns in the order in which they are prepared."""
+    codes, scale, zero = restore(weight)
+    levels = codes.float().unflatten(1, (scale.shape[1], -1)) - zero[..., None]
+    return (levels * scale[..., None]).flatten(1)
 
 
 def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:

@@ -2,13 +2,15 @@
 transformers.
 
 A lowbit directory is filled by the same `install` that a sweep propagates through, so what is loaded computes what was
-measured while quantizing. What another tool quantized is read by lowbit's own readers (`formats.foreign`) and filled by
-it too; only what none of them recognizes is left to transformers and the packages that it asks for.
+measured while quantizing; on a GPU, in 16 bits, layers that compute on codes stand in for the reference (`fast`). What
+another tool quantized is read by lowbit's own readers (`formats.foreign`) and filled by it too; only what none of them
+recognizes is left to transformers and the packages that it asks for.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +24,13 @@ from ..formats.source import first_line, locate, scan
 from ..graph.skeleton import build_skeleton
 from ..modules.linear import install
 from .adopt import Adopted
+from .fast import install_fast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Install = Callable[..., None]
+"""`modules.linear.install`, or what stands in for it."""
 
 
 def is_native(path: Path) -> bool:
@@ -42,17 +48,20 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    fast: bool = True,
 ) -> PreTrainedModel:
     """The model of a directory, hub id or `demo`, in evaluation mode.
 
-    `dtype` is what it computes in (default: the checkpoint's own). Raises ValueError, in one sentence, where there is
-    no model, or the run that makes it has not finished.
+    `dtype` is what it computes in (default: the checkpoint's own). Where kernels know the GPU, linears compute on their
+    codes and hold no dense copy, unless `fast` is false; a printed model says which do not, and why. Raises ValueError,
+    in one sentence, where there is no model, or the run that makes it has not finished.
     """
     path = find_model(source, trust_remote_code=trust_remote_code)
+    fill = install_fast if fast and torch.device(device).type == "cuda" else install
     if is_native(path):
-        return _load_native(path, dtype, device, trust_remote_code)
+        return _load_native(path, dtype, device, trust_remote_code, fill)
     if is_foreign(path):
-        return _load_foreign(path, dtype, device, trust_remote_code)
+        return _load_foreign(path, dtype, device, trust_remote_code, fill)
     return _load_transformers(path, dtype, device, trust_remote_code)
 
 
@@ -64,7 +73,9 @@ def find_model(source: str | Path, *, trust_remote_code: bool = False) -> Path:
     return locate(source, trust_remote_code=trust_remote_code)
 
 
-def _load_native(path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool) -> PreTrainedModel:
+def _load_native(
+    path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool, fill: Install
+) -> PreTrainedModel:
     """A directory of lowbit's own, shard by shard."""
     if not (path / INDEX).is_file():
         raise ValueError(f"{path} is not finished: run the same `lowbit quantize` command again to complete it")
@@ -73,17 +84,19 @@ def _load_native(path: Path, dtype: torch.dtype | None, device: str | torch.devi
     chosen = dtype or config.dtype or torch.float32
     for file in sorted({path for path, _ in scan(path)[1].values()}):
         layers, rest = native.unpack(shard_header(file).metadata, read_shard(file))
-        install(model, layers, rest, chosen, device)
+        fill(model, layers, rest, chosen, device)
     return _filled(model, path, device)
 
 
-def _load_foreign(path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool) -> PreTrainedModel:
+def _load_foreign(
+    path: Path, dtype: torch.dtype | None, device: str | torch.device, trust: bool, fill: Install
+) -> PreTrainedModel:
     """A model that another tool quantized, module by module."""
     adopted, model = adopt(path, trust_remote_code=trust)
     chosen = dtype or model.config.dtype or torch.float32
     for _, names in groupby(adopted.names(), module_of):
         layers, rest = adopted.read(names)
-        install(model, layers, rest, chosen, device)
+        fill(model, layers, rest, chosen, device)
     return _filled(model, path, device)
 
 

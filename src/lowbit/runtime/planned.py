@@ -76,4 +76,5 @@ def _of_shard(header: Header, sized: Callable[[Spec, tuple[int, int]], int] | No
         total, most = total + size, most + size + room
         least += rows * columns * spec.bits // 8 if sized is None else size
         most += _PER_SCALE * units[name] if sized is None and spec.scale in PLAIN else 0
+        most += rows * columns * spec.bits // 8 if "regions" in site else 0  # formats write zeros out
     return total, least, most

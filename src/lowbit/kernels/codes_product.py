@@ -1,0 +1,87 @@
+"""y = x Ŵᵀ + b where both sides are codes of 8 bits: int8 with int32 sums, or E4M3 with fp32 sums (W8A8, and W4A4).
+
+Inputs are encoded by one kernel (`dynamic.py`), multiplied as codes, and both scales and the bias are applied to the
+sums before they are written once, in 16 bits. Weights of fewer bits take a byte each here: Hopper has no tensor cores
+for them, so W4A4 computes on int8 operands, as fast as W8A8 and no faster.
+
+fp8 tensor cores add up with fewer bits than fp32 has (about 14), as the library's fast mode does: errors of 1e-3 of
+the result, twenty times less than what rounding to E4M3 costs.
+
+Shape letters: M tokens, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..numerics.qtensor import QTensor
+from ..numerics.spec import E4M3, Int, Number
+from .dynamic import Encoder, encode
+from .dynamic import reference as encode_reference
+
+MULTIPLE = 16
+"""Inputs come in multiples of it: rows of operands begin where the copy engine can read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A weight [N, K] as an operand: codes int8 or E4M3, each row K after the other, and fp32 scales [N]."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def refusal(weight: QTensor, number: Number) -> str | None:
+    """Why a weight behind inputs of a format is no operand, or None."""
+    spec = weight.grid.spec
+    if weight.grid.scale.shape[-1] != 1 or weight.grid.scale.shape[-2] not in (1, weight.shape[-2]):
+        return "its scales are not one per row"
+    if isinstance(spec.number, Int) and isinstance(number, Int):
+        return None if spec.number.symmetric else "it has zero-points"
+    return None if spec.number == number == E4M3 else f"{spec.number} is not multiplied by {number}"
+
+
+def operand(weight: QTensor, number: Number) -> Operand:
+    """A weight as an operand, on the device where it is. Raises ValueError where it is none."""
+    reason = refusal(weight, number)
+    if reason is not None:
+        raise ValueError(f"no product of codes for this weight, since {reason}: use its dense copy")
+    codes, form = weight.codes, weight.grid.spec.number
+    if isinstance(form, Int):
+        codes = codes if form.signed else (codes.view(torch.int8) - (1 << (form.bits - 1)))
+    else:
+        codes = codes.view(torch.float8_e4m3fn)
+    return Operand(codes.contiguous(), weight.grid.scale.float().expand(weight.shape[0], 1)[:, 0].contiguous())
+
+
+def linear(x: Tensor, how: Encoder, weight: Operand, bias: Tensor | None = None) -> Tensor:
+    """Inputs [..., K] to outputs [..., N] of their dtype, which the bias [N] shares; there are no gradients."""
+    flat = x.reshape(-1, x.shape[-1])
+    codes, scale = encode(flat, how)
+    return product(codes, scale, weight, bias, x.dtype).reshape(*x.shape[:-1], len(weight.scale))
+
+
+def reference(x: Tensor, how: Encoder, weight: Operand, bias: Tensor | None = None) -> Tensor:
+    """The definition of `linear`."""
+    codes, scale = encode_reference(x.reshape(-1, x.shape[-1]), how)
+    y = product_reference(codes, scale, weight, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], len(weight.scale))
+
+
+def product(codes: Tensor, scale: Tensor, weight: Operand, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Codes [M, K] and scales [M] times a weight: [M, N] in `dtype`."""
+    if not codes.is_cuda or not len(codes) or codes.shape[1] % MULTIPLE or dtype not in (torch.bfloat16, torch.float16):
+        return product_reference(codes, scale, weight, bias, dtype)
+    from .codes_product_triton import product as fused
+
+    return fused(codes, scale, weight, bias, dtype)
+
+
+def product_reference(codes: Tensor, scale: Tensor, weight: Operand, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The definition of `product`: sums of integers are exact, of E4M3 in fp64."""
+    sums = codes.double() @ weight.codes.double().T
+    y = sums * (scale.double()[:, None] * weight.scale.double())
+    return (y if bias is None else y + bias.double()).to(dtype)

@@ -1,0 +1,101 @@
+"""The decoding loop against `generate` of transformers, on a CPU and, with recorded steps, on a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import lowbit
+from lowbit.runtime import decode
+from lowbit.runtime.decode import Decoder, decodable, end_tokens
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+FAMILIES = ["llama", "qwen3", "opt", "gpt2"]
+
+
+def model_of(family: str) -> PreTrainedModel:
+    return build(family).to(DEVICE).eval()
+
+
+def prompts(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    return torch.randint(4, model.config.vocab_size, (batch, length), device=DEVICE)
+
+
+def by_transformers(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
+    return model.generate(  # type: ignore[no-any-return]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_says_what_generate_says(family: str) -> None:
+    """Twice with one decoder, for recorded steps and an old cache; then another batch, and a prompt of one token."""
+    model = model_of(family)
+    assert decodable(model)
+    decoder = Decoder(model, 32)
+    for batch, length, tokens in ((2, 7, 20), (2, 5, 12), (1, 1, 9)):
+        ids = prompts(model, batch, length)
+        assert torch.equal(decoder(ids, tokens), by_transformers(model, ids, tokens))
+
+
+def test_a_compiled_step_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch traces it; what its compiler makes of that is its own affair."""
+    monkeypatch.setattr(decode.torch, "compile", partial(torch.compile, backend="eager", fullgraph=True))
+    model = model_of("llama")
+    ids = prompts(model, 2, 5)
+    assert torch.equal(Decoder(model, 16, compiled=True)(ids, 11), by_transformers(model, ids, 11))
+
+
+def test_a_text_that_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "LOOK", 3)
+    model = model_of("llama")
+    ids = prompts(model, 2, 4)
+    free = by_transformers(model, ids, 12)
+    end = int(free[0, 6])
+    found = Decoder(model, 32)(ids, 12, [end])
+    for row, text in zip(found, free, strict=True):
+        expected = text.tolist()
+        stop = expected.index(end, 4) if end in expected[4:] else len(expected) - 1
+        expected = (expected[: stop + 1] + [end] * len(expected))[: found.shape[1]]
+        assert row.tolist() == expected
+    alone = Decoder(model, 32)(ids[:1], 12, [end])
+    assert alone.shape[1] < 16 and (alone.shape[1] - 4) % 3 == 0
+
+
+def test_temperature_draws_from_the_softmax() -> None:
+    """Of a hundred texts' first words; a cold draw is the likeliest word."""
+    model = model_of("llama")
+    ids = prompts(model, 1, 6).expand(400, -1).contiguous()
+    torch.manual_seed(0)
+    drawn = Decoder(model, 8, temperature=2.0)(ids, 2)[:, 6]
+    with torch.no_grad():
+        shares = (model(ids[:1]).logits[0, -1].float() / 2).softmax(-1)
+    counts = torch.bincount(drawn, minlength=len(shares)).double() / 400
+    assert (counts - shares).abs().max() < 5 * float((shares.max() / 400).sqrt())
+    assert len(drawn.unique()) > 20
+    cold = Decoder(model, 8, temperature=1e-4)(ids[:1], 2)
+    assert torch.equal(cold, by_transformers(model, ids[:1], 2))
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="7 and 6 tokens are more than 12: ask for fewer"):
+        Decoder(model, 12)(prompts(model, 1, 7), 6)
+    assert not decodable(model_of("gemma3"))  # slides
+    lowbit.quantize("demo", "rtn-w4a16k4v4", tmp_path / "kv")
+    assert not decodable(lowbit.load(tmp_path / "kv"))
+
+
+def test_end_tokens() -> None:
+    model = model_of("llama")
+    for given, expected in ((None, []), (7, [7]), ([1, 2], [1, 2])):
+        model.generation_config.eos_token_id = given
+        assert end_tokens(model) == expected
