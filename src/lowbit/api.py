@@ -9,7 +9,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 from .prepare import Notice, Request, context_of, device_of, hidden_budget, prepare
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation.report import EvaluationReport
     from .formats.base import Format
     from .methods.recipe import Recipe
     from .runtime.verify import Verification
+    from .stream.allocate import Allocation
     from .stream.run import RunDirectory
 
 
@@ -37,11 +39,16 @@ class Quantized:
     bits_per_parameter: float
     size_bytes: int
     blocks: list[dict[str, Any]]
+    paper_bits: float | None = None
+    """Bits per quantized weight as papers count them; None of models that other tools quantized."""
+    allocation: Allocation | None = None
+    """The widths that a budget was spent on."""
 
     def to_json(self) -> dict[str, Any]:
         """The JSON of `lowbit quantize --json`."""
-        keys = ("seconds", "peak_memory_bytes", "bits_per_weight", "bits_per_parameter", "size_bytes", "blocks")
-        return {key: getattr(self, key) for key in keys}
+        data = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("path", "allocation")}
+        spent = {} if self.allocation is None else {"allocation": self.allocation.to_json()}
+        return {**data, **spent}
 
 
 def quantize(model: str | Path, recipe: str | Path | Recipe, output: str | Path, **options: Any) -> Quantized:
@@ -58,7 +65,7 @@ def run(request: Request) -> Quantized:
     from .formats.base import copy_companions, read_config
     from .formats.native import write_config
     from .stream.rotation import unties
-    from .stream.run import RunDirectory
+    from .stream.run import ALLOCATION, RunDirectory
     from .stream.sweep import Progress, Sweep
 
     if request.output is None:
@@ -67,6 +74,8 @@ def run(request: Request) -> Quantized:
     prepared = prepare(request)
     directory = RunDirectory(Path(request.output), len(prepared.plan.anatomy.blocks))
     with directory.opened(prepared.record, restart=request.restart):
+        if prepared.allocation is not None and not (directory.path / ALLOCATION).exists():
+            directory.keep(ALLOCATION, prepared.allocation.to_json())
         if not directory.complete:
             source, untied = prepared.checkpoint.path, unties(prepared.plan.anatomy, prepared.plan.recipe)
             copy_companions(source, directory.path)
@@ -86,10 +95,12 @@ def run(request: Request) -> Quantized:
                 Progress(request.on_block),
             ).execute()
             directory.log({"total": True, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()})
-    return _result(directory)
+    return _result(directory, prepared.plan.paper_bits, prepared.allocation)
 
 
-def _result(directory: RunDirectory) -> Quantized:
+def _result(
+    directory: RunDirectory, paper_bits: float | None = None, allocation: Allocation | None = None
+) -> Quantized:
     """What a finished directory's files and journal say."""
     from .formats.native import sizes
 
@@ -106,6 +117,8 @@ def _result(directory: RunDirectory) -> Quantized:
         8 * size.file_bytes / size.parameters,
         size.file_bytes,
         [{**report, "seconds": seconds.get(report["name"], 0.0)} for report in reports],
+        paper_bits,
+        allocation,
     )
 
 
@@ -226,7 +239,7 @@ def export(
     `verify` names a client that reloads the result ("": the format's first); its numbers are compared with lowbit's.
     """
     from .evaluation.size import size_on_disk
-    from .formats.base import find
+    from .formats.base import check_terms, find
     from .graph import build_skeleton
     from .runtime.clients import find_client
     from .runtime.load import is_native, plain_config
@@ -237,6 +250,7 @@ def export(
         raise ValueError(
             f"{path} is no directory of lowbit's own: quantize a model first, or `lowbit import` a quantized one"
         )
+    check_terms(format, form, path)
     client = None if verify is None else find_client(verify or form.CLIENTS[0]).name
     for text in form.export_directory(path, target, build_skeleton(plain_config(path)), checkpoint_names(path)):
         notice(text)
@@ -293,14 +307,20 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "auto",
+    compiled: bool = False,
     trust_remote_code: bool = False,
+    notice: Notice = lambda _text: None,
 ) -> str:
-    """Continue `prompt` with any model that lowbit loads; temperature 0 takes the likeliest token each time."""
+    """Continue `prompt` with any model that lowbit loads; temperature 0 takes the likeliest token each time.
+
+    On a GPU, `compiled` takes a minute before the first token and makes the following ones faster; `notice` hears
+    which linears do not compute on codes there, and why.
+    """
     import torch
 
     from .data.text import tokenize_documents
-    from .modules.attention import as_cache, attached
-    from .runtime.cache import quantized_cache
+    from .runtime.decode import Decoder, decodable, end_tokens
+    from .runtime.fast import slow
     from .runtime.load import load, load_tokenizer
 
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -308,13 +328,30 @@ def generate(
     loaded = load(model, device=place, trust_remote_code=trust_remote_code)
     ids = tokenize_documents([prompt], tokenizer)[None].to(place)
     torch.manual_seed(seed)
+    for reason, count in slow(loaded).items():
+        notice(f"{count} linears compute on dense copies, since {reason}")
+    if place.type == "cuda" and decodable(loaded):
+        decoder = Decoder(loaded, ids.shape[1] + tokens, temperature=temperature, compiled=compiled)
+        output = decoder(ids, tokens, end_tokens(loaded))
+    else:
+        output = _by_transformers(loaded, tokenizer, ids, tokens, temperature)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _by_transformers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, tokens: int, temperature: float
+) -> Tensor:
+    """The prompt [1, T] and what transformers' `generate` adds to it; keys and values in codes where they have any."""
+    import torch
+
+    from .modules.attention import as_cache, attached
+    from .runtime.cache import quantized_cache
+
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    cache = as_cache(loaded, quantized_cache(loaded)) if attached(loaded) else {}
-    output = loaded.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, pad_token_id=pad, **sampling, **cache
-    )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    cache = as_cache(model, quantized_cache(model)) if attached(model) else {}
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **sampling, **cache)
 
 
 def _as_decoded(model: PreTrainedModel) -> None:

@@ -38,6 +38,7 @@ def build_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_inspect(parsers)
     _add_generate(parsers)
     _add_recipes(parsers)
+    _add_speed(parsers)
     for name, function in commands.items():
         parsers.choices[name].set_defaults(command=function)
     return parser
@@ -78,6 +79,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> N
     parser.add_argument(
         "--ignore", nargs="+", action="extend", default=[], metavar="PATTERN", help="linears that stay in 16 bits"
     )
+    _add_budget_options(parser)
     parser.add_argument("--target", metavar="FORMAT", help="refuse at once what this export format cannot carry")
     text = parser.add_argument_group("calibration text (for recipes that look at activations)")
     text.add_argument(
@@ -102,6 +104,23 @@ def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> N
         help="budget on a GPU; the least that a block needs goes beyond",
     )
     _add_model_options(parser)
+
+
+def _add_budget_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bits",
+        type=float,
+        metavar="3.25",
+        help="bits per weight, spent where they matter, for a recipe without a width such as gptq-g128",
+    )
+    parser.add_argument("--size", type=_size, metavar="4GB", help="the same as the size of the model's files")
+    parser.add_argument(
+        "--sensitivity",
+        choices=("fisher", "kl"),
+        default="fisher",
+        help="what tells where bits matter: the loss's curvature (the default), or trying every linear at every width, "
+        "which takes the whole model in memory",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -229,6 +248,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (the default)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--compile", action="store_true", help="on a GPU: faster tokens, after a minute's wait for the first"
+    )
     _add_model_options(parser)
 
 
@@ -240,6 +262,17 @@ def _add_recipes(commands: Any) -> None:
         "lowbit recipes gptq-w4a16-g128 > mine.yaml",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="any recipe name, listed or not")
+
+
+def _add_speed(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "speed",
+        "measure this machine's kernels against 16 bits, with the limits that its memory and its products set",
+        "lowbit speed --json speed.json",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    _add_json(parser)
 
 
 def _size(text: str) -> int:

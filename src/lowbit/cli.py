@@ -76,6 +76,9 @@ def _request(arguments: argparse.Namespace, **more: Any) -> Any:
         "length",
         "seed",
         "target",
+        "bits",
+        "size",
+        "sensitivity",
         "device",
         "dtype",
         "memory",
@@ -172,7 +175,9 @@ def _generate(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
             seed=arguments.seed,
             device=arguments.device,
+            compiled=arguments.compile,
             trust_remote_code=arguments.trust_remote_code,
+            notice=_notice,
         )
     )
 
@@ -188,6 +193,15 @@ def _recipes(arguments: argparse.Namespace) -> None:
     print("\nas published, with the paper's calibration and the figure to meet:")
     for name in recipes.PAPERS:
         print(f"{f'papers/{name}':34} {recipes.summary(name)}")
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    from .kernels.speed import speed
+    from .prepare import device_of
+
+    result = speed(device_of(arguments.device), on_table=lambda name: _notice(f"measuring {name}"))
+    _write_json(arguments.json, result.to_json())
+    print("\n".join(result.lines()))
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -209,6 +223,7 @@ COMMANDS = {
     "inspect": _inspect,
     "generate": _generate,
     "recipes": _recipes,
+    "speed": _speed,
 }
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .graph.anatomy import Anatomy
     from .methods.recipe import Recipe
     from .recipes.document import LoadedRecipe
+    from .stream.allocate import Allocation
     from .stream.checkpoint import Checkpoint
     from .stream.plan import Plan, Refuse
 
@@ -46,6 +47,12 @@ class Request:
     length: int | None = None
     seed: int | None = None
     target: str | None = None
+    bits: float | None = None
+    """Bits per weight to spend where they matter, for a recipe whose name leaves the width open."""
+    size: int | None = None
+    """The same as bytes of the model's files."""
+    sensitivity: Literal["fisher", "kl"] = "fisher"
+    """What tells where bits matter: the loss's curvature, or trying each linear with the whole model in memory."""
     device: str = "auto"
     dtype: str = "auto"
     memory: int | None = None
@@ -68,6 +75,8 @@ class Prepared:
     windows: list[torch.Tensor]
     dtype: torch.dtype
     device: torch.device
+    allocation: Allocation | None = None
+    """The widths that a budget was spent on."""
 
     @property
     def seed(self) -> int:
@@ -79,14 +88,15 @@ def prepare(request: Request) -> Prepared:
     """Check a request against its model and make the plan; refuses in seconds, before a weight is read."""
     import torch
 
-    from . import recipes
+    from . import budget, recipes
     from .data.calibrate import fingerprint
     from .formats.native import VERSION
     from .stream.checkpoint import Checkpoint
     from .stream.plan import make_plan
     from .stream.sweep import MICRO_BATCH
 
-    loaded = recipes.resolve(
+    widths = budget.by_width(request) if budget.budgeted(request) else {}
+    loaded = next(iter(widths.values()), None) or recipes.resolve(
         request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore
     )
     device = device_of(request.device)
@@ -95,7 +105,13 @@ def prepare(request: Request) -> Prepared:
     dtype = _dtype(request.dtype, checkpoint.config.dtype, device)
     loaded = _narrowed(request, loaded, checkpoint)
     refuse = _target(request.target, loaded.recipe)
-    windows, calibration = _calibration(request, loaded, checkpoint) if loaded.recipe.calibrated else ([], None)
+    text = bool(widths) or loaded.recipe.calibrated
+    windows, calibration = _calibration(request, loaded, checkpoint) if text else ([], None)
+    allocation = None
+    if widths:
+        widths = {width: _narrowed(request, each, checkpoint) for width, each in widths.items()}
+        opened = budget.Opened(request, widths, checkpoint, skeleton, anatomy, refuse)
+        loaded, allocation = budget.allocated(opened, windows, dtype, device)
     tokens = sum(window.numel() for window in windows)
     window = max((window.numel() for window in windows), default=0)
     plan = make_plan(
@@ -112,10 +128,11 @@ def prepare(request: Request) -> Prepared:
         "threads": torch.get_num_threads(),
         "micro_batch": MICRO_BATCH,
         "torch": torch.__version__,
+        **({"allocation": budget.record_of(request)} if widths else {}),
     }
     for notice in plan.notices:
         request.notice(notice)
-    return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device)
+    return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device, allocation)
 
 
 def anatomy_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Anatomy]:
@@ -178,12 +195,14 @@ def _narrowed(request: Request, loaded: LoadedRecipe, checkpoint: Checkpoint) ->
 
 def _target(name: str | None, recipe: Recipe) -> Refuse | None:
     """What the export format asked for objects to, as the plan asks it; of the whole model, at once."""
-    from .formats.base import find
+    from .formats.base import find, refuse_encoded
 
     if name is None:
         return None
     form = find(name)
     reason = form.refuse_whole(kv=recipe.scheme.kv, corrected=bool(recipe.correct))
+    if reason is None and recipe.encode is not None:
+        reason = refuse_encoded(name, form, recipe.encode.name)
     if reason is not None:
         raise ValueError(reason)
     return lambda weights, inputs, site, ordered, mapped: form.refuse(
@@ -221,7 +240,7 @@ def _whole_model(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     from .runtime.load import load
 
     size, place = checkpoint.nbytes(checkpoint.names()), device_of(request.device)
-    free = _free_memory() if request.memory is None else request.memory
+    free = free_memory() if request.memory is None else request.memory
     if size > free:
         raise ValueError(
             f"generated calibration loads the whole model, {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
@@ -245,12 +264,13 @@ def _given_windows(
     return rows, {"source": "tokens", "samples": len(rows), "length": max(map(len, rows)), "seed": seed}
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Bytes of memory that nobody uses now."""
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
 
 
 def hidden_budget(memory: int | None, plan: Plan) -> int:
     """Bytes of hidden states that may stay in memory."""
     if memory is None:
-        return _free_memory() // 2
+        return free_memory() // 2
     return max(0, memory - (plan.peak_bytes - plan.hidden_bytes))

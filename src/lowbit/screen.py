@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from .api import Quantized
     from .prepare import Prepared
+    from .stream.allocate import Allocation
 
 
 class _Bar:
@@ -90,7 +91,9 @@ def plan_lines(prepared: Prepared) -> list[str]:
     plan = prepared.plan
     where = f"computing in {prepared.record['dtype']} on {prepared.device}"
     lines = [f"recipe {plan.recipe.name}: {len(plan.formats)} blocks, {where}"]
-    for label, names in plan_summary(plan).items():
+    if prepared.allocation is not None:
+        lines += allocation_lines(prepared.allocation)
+    for label, names in plan_summary(plan).items() if prepared.allocation is None else ():
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         lines.append(f"  {label}: {shown}")
     lines.append(
@@ -110,10 +113,21 @@ def _time(flops: float, prepared: Prepared) -> str:
     return f"about {seconds / 60:.0f} minutes" if seconds > 120 else f"about {max(1, round(seconds))} seconds"
 
 
+def allocation_lines(allocation: Allocation) -> list[str]:
+    """How many linears of every kind have which width, and what is predicted of it."""
+    return [
+        *(f"  {line}" for line in allocation.table()),
+        f"predicted: loss {allocation.loss:.4f} nats per token above the original's, files of at most "
+        f"{allocation.size_bytes / 1e6:,.1f} MB",
+    ]
+
+
 def result_lines(result: Quantized) -> list[str]:
     """What a finished run says."""
+    counted = "" if result.paper_bits is None else f" ({result.paper_bits:.2f} as papers count)"
     return [
-        f"{result.path}: {result.bits_per_weight:.3f} bits per weight, {result.bits_per_parameter:.3f} per parameter, "
-        f"{result.size_bytes / 1e6:,.1f} MB",
+        f"{result.path}: {result.bits_per_weight:.3f} bits per weight{counted}, {result.bits_per_parameter:.3f} per "
+        f"parameter, {result.size_bytes / 1e6:,.1f} MB",
         f"{result.seconds:.1f} s, peak memory {result.peak_memory_bytes / 1e9:.2f} GB",
+        *([] if result.allocation is None else allocation_lines(result.allocation)),
     ]

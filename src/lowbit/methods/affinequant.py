@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..graph.anatomy import Edge, Heads, Norm, Tap
 from ..numerics.maps import Kronecker
-from .base import BlockView, Need, to_readers
 from .equivalent import Draft, Equivalence, Scaling, free_scores, preserves, settle_sites, starts
 from .omniquant import fit, least_bits, settle, weight_clips
 from .scheme import Scheme
+from .views import BlockView, Need, to_readers
 
 
 def gradual_mask(n: int, epoch: int, epochs: int, stability: float) -> Tensor:

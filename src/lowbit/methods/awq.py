@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..numerics.grid import Grid, fit_range, from_units, search_range, to_units, unit_shape
+from ..numerics.grid import Grid, UnitError, fit_range, from_units, search_range, to_units, unit_shape
 from ..numerics.spec import Spec
-from .base import EdgeView, Fold, Need, Stats
+from .views import EdgeView, Fold, Need, Stats
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,19 @@ class AWQClip:
         """The grid of least output error per (row, group); queries and keys, and unseen inputs, stay unclipped."""
         if scores or stats is None or spec.block[0] != 1:
             return fit_range(weight, spec)
-        _, width = unit_shape(weight.shape, spec.block)
-        h = stats.hessian().view(weight.shape[1] // width, width, -1, width)
-        blocks = h.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [G, g, g]
+        ratios = (1 - i / self.grid for i in range(int(self.maxshrink * self.grid)))
+        return search_range(weight, spec, ratios, group_error(weight.shape, spec, stats))
 
-        def error(difference: Tensor, rows: slice) -> Tensor:
-            d = difference[:, 0].transpose(0, 1)  # [G, R, g]
-            total: Tensor = ((d @ blocks) * d).sum(-1)
-            return total.T
 
-        return search_range(weight, spec, (1 - i / self.grid for i in range(int(self.maxshrink * self.grid))), error)
+def group_error(shape: torch.Size, spec: Spec, stats: Stats) -> UnitError:
+    """The output error of every group of a row of a weight of `shape` [O, I]: d H dᵀ with the group's block of H."""
+    _, width = unit_shape(shape, spec.block)
+    h = stats.hessian().view(shape[1] // width, width, -1, width)
+    blocks = h.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # [G, g, g]
+
+    def error(difference: Tensor, rows: slice) -> Tensor:
+        d = difference[:, 0].transpose(0, 1)  # [G, R, g]
+        total: Tensor = ((d @ blocks) * d).sum(-1)
+        return total.T
+
+    return error

@@ -1,4 +1,4 @@
-"""The slots that every method fills, and the views of a model that they are given.
+"""The slots that every method fills; what it is given there is in `views`.
 
 A method is a frozen dataclass whose fields are its settings and whose one function is its paper. It never sees a model
 class, a file or a device: it gets weights, statistics and a number format, and returns scales, grids or codes. What it
@@ -9,152 +9,20 @@ Shape letters: O output rows, I input columns, T tokens, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..graph.anatomy import Anatomy, BlockAnatomy, Edge, Site, Tap
-from ..numerics.feedback import inverse_factor
+from ..graph.anatomy import Anatomy
 from ..numerics.grid import Grid
-from ..numerics.kv import KV
 from ..numerics.maps import Map
-from ..numerics.qtensor import QAttention, QTensor, QWeight
-from ..numerics.replay import index
+from ..numerics.qtensor import Outliers, QTensor, QWeight
 from ..numerics.spec import Spec
-from ..numerics.stats import AbsMean, Cross, Gram, MinMax
 from .scheme import Scheme
-
-Need = Literal["gram", "absmean", "minmax", "cross"]
-
-
-@dataclass
-class Stats:
-    """Statistics of one linear's inputs; only what some part of the recipe needs is there."""
-
-    gram: Gram | None = None
-    absmean: AbsMean | None = None
-    minmax: MinMax | None = None
-    cross: Cross | None = None
-    tokens: int = 0
-    _factors: dict[tuple[float, bool], tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=dict, repr=False)
-
-    @staticmethod
-    def observing(needs: frozenset[Need]) -> Stats:
-        """Empty statistics of the kinds in `needs`."""
-        return Stats(
-            Gram() if "gram" in needs else None,
-            AbsMean() if "absmean" in needs else None,
-            MinMax() if "minmax" in needs else None,
-            Cross() if "cross" in needs else None,
-        )
-
-    def update(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Add inputs [T, I]; `original` is what the original model has in their place, if that is observed."""
-        self._factors.clear()
-        self.tokens += x.shape[0]
-        for statistic in (self.gram, self.absmean, self.minmax):
-            if statistic is not None:
-                statistic.update(x)
-        if self.cross is not None and original is not None:
-            self.cross.update(x, original)
-
-    def transport(self, scale: Tensor) -> None:
-        """Follow a fold that divides the inputs by `scale` [I]."""
-        self._factors.clear()
-        for statistic in (self.gram, self.absmean, self.minmax, self.cross):
-            if statistic is not None:
-                statistic.transport(scale)
-
-    def release(self) -> None:
-        """Drop what only rounding needs, the Gram matrix, its factors and the drift; ranges and counts stay."""
-        self.gram = self.cross = None
-        self._factors.clear()
-
-    def hessian(self) -> Tensor:
-        """The Gram matrix [I, I], Σ x xᵀ."""
-        assert self.gram is not None, "the method did not declare that it needs the Gram matrix"
-        return self.gram.matrix
-
-    def factor(self, damp: float, act_order: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(U, order, dead): the inverse factor of the Gram matrix, columns sorted by falling diagonal if `act_order`.
-
-        `dead` [I] marks the columns that were never excited, in natural order. Kept, since all linears behind one input
-        share it.
-        """
-        key = (damp, act_order)
-        if key not in self._factors:
-            h = self.hessian()
-            dead, order = h.diagonal() <= 0, None
-            if act_order:
-                order = h.diagonal().argsort(descending=True, stable=True)
-            self._factors[key] = (inverse_factor(h, damp, order), order, dead)
-        return self._factors[key]
-
-
-def to_source(edge: Edge, x: Tensor) -> Tensor:
-    """Reduce reader channels [I] of an edge to its source channels: the largest of those that read the same one."""
-    if edge.channels is None:
-        return x
-    channels = index(edge.channels, x.device)
-    reduced = x.new_zeros(int(channels.max()) + 1)
-    return reduced.scatter_reduce(0, channels, x, "amax", include_self=False)
-
-
-def to_readers(edge: Edge, x: Tensor) -> Tensor:
-    """Spread values over an edge's source channels to its reader channels [I]."""
-    return x if edge.channels is None else x[index(edge.channels, x.device)]
-
-
-class EdgeView(Protocol):
-    """What a transform may know about one edge: its readers' weights, formats and inputs, and a way to try weights."""
-
-    edge: Edge
-    weights: Sequence[Tensor]
-    """fp32 [O, I] of every reader that is quantized, in the order of `edge.readers`."""
-    specs: Sequence[Spec | None]
-    activations: Sequence[Spec | None]
-
-    @property
-    def absmean(self) -> Tensor:
-        """Mean magnitude of the input channels over all readers' tokens, [I]."""
-
-    @property
-    def amax(self) -> Tensor:
-        """Largest magnitude of the input channels, [I]."""
-
-    @property
-    def low(self) -> Tensor:
-        """Smallest value of the input channels, [I]."""
-
-    @property
-    def high(self) -> Tensor:
-        """Largest value of the input channels, [I]."""
-
-    def to_source(self, x: Tensor) -> Tensor:
-        """Reduce reader channels [I] to source channels: the largest of those that read the same one."""
-
-    def to_readers(self, scale: Tensor) -> Tensor:
-        """Spread a scale over source channels to reader channels [I]."""
-
-    def error(self, weights: Sequence[Tensor], scale: Tensor, shift: Tensor | None = None) -> float:
-        """Mean squared change of the inspected output if the readers held `weights` (given for unscaled inputs).
-
-        `scale` and `shift` [I] are what inputs would be divided by, after the shift was subtracted, before they are
-        quantized, where the scheme quantizes them. The readers' biases repair the shift as the original weights would.
-        """
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A function-preserving map for an edge: the source's output x becomes (x - shift) / scale, both [S] over its
-    channels; readers and their biases make up for it. Shifts are lawful where `edge.shift` says so.
-    """
-
-    scale: Tensor
-    shift: Tensor | None = None
+from .views import BlockView, EdgeView, Fold, ModelView, Need, Stats
 
 
 @runtime_checkable
@@ -180,25 +48,6 @@ class Rotation(Protocol):
 
     def matrices(self, anatomy: Anatomy) -> dict[str, Tensor]:
         """The merged matrices in fp64; of a rotation that learns, those that it starts from."""
-
-
-class ModelView(Protocol):
-    """The whole model in memory, as a learned rotation sees it: weights as functions of the matrices, and the loss."""
-
-    anatomy: Anatomy
-    windows: list[int]
-    """Tokens of every window of the text."""
-    device: torch.device
-    data_aware: bool
-    """Whether rounding will look at the inputs."""
-
-    def merged(self, matrices: Mapping[str, Tensor], *, quantized: bool) -> dict[str, Tensor]:
-        """The parameters that matrices [n, n] change, by full name, weights fake-quantized if `quantized`; with
-        gradients. The tables and the head are left to `loss`.
-        """
-
-    def loss(self, window: int, merged: Mapping[str, Tensor], residual: Tensor | None) -> Tensor:
-        """Mean cross-entropy of the next token, inputs fake-quantized as the scheme says, with gradients."""
 
 
 @runtime_checkable
@@ -237,6 +86,25 @@ class Clip(Protocol):
 
 
 @runtime_checkable
+class Particular(Clip, Protocol):
+    """A clip whose ranges not every format can hold, or that decides something of every linear as a whole."""
+
+    alone: ClassVar[bool]
+    """Whether linears behind one input come to it one by one, and not as one matrix."""
+
+    def outcomes(self, spec: Spec) -> tuple[Spec, ...]:
+        """The formats in which weights of this one may come out.
+
+        Raises ValueError, in one sentence with advice, where it is not a format for this clip.
+        """
+
+
+def outcomes(clip: Clip, spec: Spec) -> tuple[Spec, ...]:
+    """The formats in which weights of this one may come out, whatever the clip. Raises ValueError as clips do."""
+    return clip.outcomes(spec) if isinstance(clip, Particular) else (spec,)
+
+
+@runtime_checkable
 class Round(Protocol):
     """Chooses the codes."""
 
@@ -257,111 +125,53 @@ class Round(Protocol):
         """Codes for W [O, I], fp32. `stats` is None where the inputs were never seen (starved experts)."""
 
 
-Batch = int | tuple[int, ...]
-"""A micro-batch, or some that are run in one call (`BlockView.joined`)."""
-Quantizer = Callable[[Tensor], Tensor]
-"""What happens to a linear's inputs [..., I] in training: maps, clipping, fake quantization; gradients pass."""
+@dataclass(frozen=True)
+class Encoded:
+    """What an `Encode` makes of a linear: its weight, the maps around it and the channels that are not quantized."""
+
+    weight: QWeight
+    input_map: Map | None = None
+    output_map: Map | None = None
+    outliers: Outliers | None = None
 
 
-class BlockView(Protocol):
-    """One block as a trained method sees it: its weights and text, its original's outputs, and where results go.
+@runtime_checkable
+class Encode(Protocol):
+    """Chooses what a weight is made of, where that is more than codes on one grid: entries that are dropped, binary or
+    kept in 16 bits, codes behind maps of the layer's own, vectors of codes.
 
-    There are two streams of inputs: "quantized", what the quantized blocks before this one give, and "float", what the
-    original model has here. Targets are the original block's outputs on the float stream. Whatever is set here is
-    carried out by the pipeline: maps are folded into weights, and statistics observed again where Round needs them.
+    It is given one linear at a time, and the recipe's Round and Clip for the part of the work that is theirs.
     """
 
-    anatomy: BlockAnatomy
-    formats: Mapping[str, tuple[Spec | None, Spec | None]]
-    stats: Mapping[str, Stats]
-    """Statistics of the block's inputs by site name, on the quantized stream, transforms folded in."""
-    batches: int
-    """Micro-batches of the text, each of about the same number of tokens."""
-    generator: torch.Generator
-    """Random numbers of this seed and block (on the CPU, so that every device draws the same)."""
-    device: torch.device
-    others: Sequence[str]
-    """Names of the parameters beside the weights of sites that are vectors: gains and biases."""
-    kv: KV | None
-    """What the scheme caches of this block's attention; None where that keeps 16 bits."""
-    maps: Mapping[str, Map]
-    """Online maps that were decided before, by site name: nothing more is folded into such inputs."""
+    name: ClassVar[str]
+    rounds: ClassVar[frozenset[str]]
+    """Names of the Rounds that it works through; of a recipe that names none it is given RTN."""
+    own: ClassVar[Spec | None]
+    """The weight format of a recipe that names none; None where one has to be named."""
+    maps: ClassVar[bool]
+    """Whether it puts maps around the linear, beside which no other online map or static range is possible."""
 
-    def weight(self, site: Site) -> Tensor:
-        """W [O, I] in fp32 as rounding would take it, transforms folded in."""
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics it reads, under its settings."""
 
-    def parameter(self, name: str) -> Tensor:
-        """Any other parameter of the block in fp32: a bias, a norm's gain."""
+    @property
+    def sequential(self) -> bool:
+        """Whether inputs are observed again after every encoded linear of a block."""
 
-    def stored(self, name: str, value: Tensor) -> Tensor:
-        """What a file would hold of this value of such a parameter, in fp32."""
+    def check(self, shape: tuple[int, int], spec: Spec, activation: Spec | None) -> None:
+        """Raise ValueError, in one sentence with advice, where a weight [O, I] cannot be encoded in these formats."""
 
-    def joined(self, batches: Sequence[int]) -> list[Batch]:
-        """The micro-batches in as few calls of the block as the device and their shapes allow."""
+    def stored_bytes(self, shape: tuple[int, int], spec: Spec) -> int:
+        """Bytes of a weight [O, I] in lowbit's own files, as far as shapes tell."""
 
-    def kind(self, batch: Batch) -> tuple[int, int]:
-        """The same for micro-batches whose calls of the block differ in their hidden states alone (`Replayed`)."""
+    def paper_bits(self, shape: tuple[int, int], spec: Spec) -> float:
+        """Bits per weight as the method's paper counts them, which is often without masks and scales."""
 
-    def inputs(self, batch: Batch, stream: Literal["float", "quantized"]) -> Tensor:
-        """The block's input hidden states [b, T, D] for one micro-batch, or some."""
-
-    def site_inputs(self, batch: int, hidden: Tensor) -> Mapping[str, tuple[Tensor, Tensor]]:
-        """What the block's linears see of the micro-batch while their weights are not rounded, by site name.
-
-        Inputs [T, I] in front of the scheme's quantization, behind online maps, and behind it: the same tensor twice
-        where inputs are not quantized. Experts that no token was routed to are not there.
-        """
-
-    def target(self, batch: Batch) -> Tensor:
-        """The original block's output for the micro-batch, or some, of the float stream, [b, T, D]."""
-
-    def run(
-        self,
-        batch: Batch,
-        hidden: Tensor,
-        weights: Mapping[str, Tensor],
-        parameters: Mapping[str, Tensor] | None = None,
-        quantizers: Mapping[str, Quantizer] | None = None,
-        attention: QAttention | None = None,
-    ) -> Tensor:
-        """The block's output if its sites held `weights` [O, I] (by site name) and its other parameters `parameters`.
-
-        Inputs pass the scheme's fake quantization, or what `quantizers` says by site name. Keys and values are kept in
-        16 bits, or quantized as `attention` says. Differentiable in all.
-        """
-
-    def key_width(self) -> int:
-        """Width of the keys that the attention hands to its cache; 0 where there is none."""
-
-    def start(self, site: Site) -> QTensor:
-        """The codes that Round chose; only for methods that come after it."""
-
-    def fold(self, edge: Edge, fold: Fold) -> None:
-        """Fold a map into the edge."""
-
-    def set_weight(self, site: Site, weight: Tensor) -> None:
-        """Round this weight [O, I] instead; for linears whose inputs are mapped, the weight for mapped inputs."""
-
-    def set_parameter(self, name: str, value: Tensor) -> None:
-        """Store this value of a parameter that is not quantized."""
-
-    def set_map(self, tap: Tap, map: Map) -> None:
-        """Apply an online map to the inputs of all linears of the tap, which then hold W P⁻ᵀ."""
-
-    def set_grid(self, site: Site, grid: Grid) -> None:
-        """Round onto this grid, whatever the clip would choose."""
-
-    def set_key_map(self, map: Map) -> None:
-        """Apply a map of head width to the keys behind the rotary embedding, before they are quantized."""
-
-    def set_kv_clips(self, clips: Tensor) -> None:
-        """Ranges of keys (row 0) and values (row 1) cover these parts [2, 2] of their smallest and largest value."""
-
-    def set_input_clip(self, site: Site, clip: Tensor) -> None:
-        """Dynamic ranges of the inputs cover these parts [2] of their smallest and largest value."""
-
-    def set_codes(self, site: Site, codes: QTensor) -> None:
-        """These are the site's codes; only for methods that come after Round."""
+    def encode(
+        self, weight: Tensor, spec: Spec, round: Round, clip: Clip, stats: Stats | None, *, scores: bool, seed: int
+    ) -> Encoded:
+        """The terms of W [O, I], fp32. `stats` is None where the inputs were never seen (starved experts)."""
 
 
 @runtime_checkable

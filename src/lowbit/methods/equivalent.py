@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..graph.anatomy import Edge, Norm, Site
 from ..numerics.replay import index as places
-from .base import BlockView, Fold, Quantizer, to_readers, to_source
+from .views import BlockView, Fold, Quantizer, to_readers, to_source
 
 FLOOR = 1e-2
 """Least magnitude of a trained scale: it is divided by."""

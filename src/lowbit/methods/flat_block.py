@@ -19,8 +19,8 @@ from ..numerics.maps import Kronecker, Map
 from ..numerics.qtensor import QAttention
 from ..numerics.replay import index
 from ..numerics.spec import Spec
-from .base import Batch, BlockView, Fold, Quantizer, to_readers, to_source
 from .flat_maps import Group, InputMap, KeyMap, Matrices, factors_of, find_groups, inverse_weight, sizes_of, turn_values
+from .views import Batch, BlockView, Fold, Quantizer, to_readers, to_source
 
 if TYPE_CHECKING:
     from .flatquant import FlatQuant

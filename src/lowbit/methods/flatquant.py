@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ..numerics.precision import tensor_cores
 from ..numerics.replay import Replayed, assign, gradients
-from .base import BlockView, Need
 from .flat_block import FlatBlock
 from .flat_maps import Form
 from .scheme import Scheme
+from .views import BlockView, Need
 
 LEAST_RATE = 5e-6
 """What learning rates fall to, along a cosine."""

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..numerics.qtensor import QTensor
 from ..numerics.spec import Spec
-from .base import Clip, Need, Stats
+from .base import Clip
 from .gptq import GPTQ
+from .views import Need, Stats
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from ..numerics.qtensor import QTensor
 from ..numerics.scales import relative_scale
 from ..numerics.spec import Int, Spec
 from ..numerics.stats import Gram
-from .base import Clip, Need, Stats
+from .base import Clip
 from .rtn import RTN
+from .views import Need, Stats
 
 Fit = Callable[[Tensor, Spec, Stats], Grid]
 """(values [O, g], format of one group, statistics of those columns) -> their grid."""
@@ -65,32 +66,50 @@ class GPTQ:
 
     def refits(self, spec: Spec) -> bool:
         """Groups of a row may be fitted when the sweep comes to them."""
-        return self.groups != "static" and spec.block[0] == 1 and spec.group != -1 and spec.scale != "kquant"
+        fixed = spec.group == -1 or spec.scale in ("kquant", "integer", "bilevel")
+        return self.groups != "static" and spec.block[0] == 1 and not fixed
 
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest."""
         return self.swept(weight, spec, clip, stats, scores=scores)
 
     def swept(
-        self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool, drift: Tensor | None = None
+        self,
+        weight: Tensor,
+        spec: Spec,
+        clip: Clip,
+        stats: Stats | None,
+        *,
+        scores: bool,
+        drift: Tensor | None = None,
+        dropped: Tensor | None = None,
     ) -> QTensor:
-        """`round`, with what columns take of those before them beside their errors, in the sweep's order (GPTAQ)."""
+        """`round`, with what columns take of those before them beside their errors, in the sweep's order (GPTAQ).
+
+        Entries in `dropped` [O, I] become zero, whatever their codes: their errors spread as those of rounding do.
+        """
         if stats is None:
-            return RTN().round(weight, spec, clip, None, scores=scores)
+            return RTN().round(_kept(weight, dropped), spec, clip, None, scores=scores)
         factor, order, dead = stats.factor(self.damp, self.act_order)
         weight = weight.masked_fill(dead, 0.0)
         if not self.refits(spec) or unit_shape(weight.shape, spec.block)[1] == weight.shape[1]:
-            grid = clip.fit(weight, spec, stats, scores=scores)
-            return self._sweep_static(weight, grid, factor, order, drift)
-        return self._sweep_dynamic(weight, spec, partial(clip.fit, scores=scores), stats, factor, order, drift)
+            grid = clip.fit(_kept(weight, dropped), spec, stats, scores=scores)
+            return self._sweep_static(weight, grid, factor, order, drift, dropped)
+        return self._sweep_dynamic(weight, spec, partial(clip.fit, scores=scores), stats, factor, order, drift, dropped)
 
     def _sweep_static(
-        self, weight: Tensor, grid: Grid, factor: Tensor, order: Tensor | None, drift: Tensor | None
+        self,
+        weight: Tensor,
+        grid: Grid,
+        factor: Tensor,
+        order: Tensor | None,
+        drift: Tensor | None,
+        dropped: Tensor | None,
     ) -> QTensor:
         """Every group's scale is known: columns may go in any order and keep their natural groups."""
         columns = torch.arange(weight.shape[1], device=weight.device) if order is None else order
         _, width = unit_shape(weight.shape, grid.spec.block)
-        column = _Columns(grid, weight.shape, (columns // width).tolist())
+        column = Columns(grid, weight.shape, (columns // width).tolist(), _turned(dropped, columns))
         sweep(weight[:, columns], factor, column.round, block=self.block, drift=drift, round_tile=column.round_tile)
         return QTensor(column.codes(columns), grid)
 
@@ -103,6 +122,7 @@ class GPTQ:
         factor: Tensor,
         order: Tensor | None,
         drift: Tensor | None,
+        dropped: Tensor | None,
     ) -> QTensor:
         """Groups are runs of the sweep's own order, each fitted when the sweep comes to it.
 
@@ -115,7 +135,7 @@ class GPTQ:
             block = next(size for size in range(min(width, self.block), 0, -1) if width % size == 0)
         columns = torch.arange(total, device=weight.device) if order is None else order
         grid = fit_range(weight, spec)  # only what scales are stored relative to stays as it is
-        column = _Columns(grid, weight.shape, [i // width for i in range(total)])
+        column = Columns(grid, weight.shape, [i // width for i in range(total)], _turned(dropped, columns))
         of_group = replace(spec, block=(1, -1), scale="float32" if spec.relative else spec.scale)
 
         h = stats.hessian()
@@ -123,6 +143,8 @@ class GPTQ:
         def fit_groups(start: int, remaining: Tensor) -> None:
             for begin in range(-(-start // width) * width, min(start + block, total), width):
                 values = remaining[begin - start : begin - start + width].T
+                if column.dropped is not None:
+                    values = _kept(values, column.dropped[begin : begin + width].T)
                 chosen = columns[begin : begin + width]
                 seen = Stats(gram=Gram.of(h[chosen][:, chosen], stats.tokens), tokens=stats.tokens)
                 column.set(begin // width, fit(values, of_group, seen))
@@ -139,21 +161,32 @@ class GPTQ:
         return QTensor(column.codes(columns), column.grid(), order)
 
 
-class _Columns:
+def _kept(weight: Tensor, dropped: Tensor | None) -> Tensor:
+    """What ranges are fitted to: W [O, I] without the entries that become zero."""
+    return weight if dropped is None else weight.masked_fill(dropped, 0.0)
+
+
+def _turned(dropped: Tensor | None, columns: Tensor) -> Tensor | None:
+    """A mask [O, I] as the sweep goes through it, [I, O]."""
+    return None if dropped is None else dropped[:, columns].T.contiguous()
+
+
+class Columns:
     """Rounds one column at a time with its group's scale, and remembers the levels.
 
     This runs once per column, so every view is made beforehand, and the integer case spells `to_levels` out with the
-    limits of each group worked out once.
+    limits of each group worked out once. `dropped` [I, O] marks the values that become zero whatever their levels.
     """
 
-    def __init__(self, grid: Grid, shape: torch.Size, groups: list[int]) -> None:
+    def __init__(self, grid: Grid, shape: torch.Size, groups: list[int], dropped: Tensor | None = None) -> None:
         rows, _ = unit_shape(shape, grid.spec.block)
+        self.dropped = dropped
         self.spec, self.number, self.outer = grid.spec, grid.spec.number, grid.outer
         self.group = groups
         self.scale = grid.scale.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
-        self.zero, self.offset = (
+        self.zero, self.offset, self.reach = (
             None if x is None else x.repeat_interleave(rows, 0)[: shape[0]].T.contiguous()
-            for x in (grid.zero, grid.offset)
+            for x in (grid.zero, grid.offset, grid.reach)
         )
         self.levels = torch.empty(shape[1], shape[0], device=grid.scale.device)
         self.limits = torch.empty(len(self.scale), 2, shape[0], device=grid.scale.device)
@@ -167,6 +200,8 @@ class _Columns:
             zero = 0.0 if self.zero is None else self.zero[group]
             self.limits[group, 0] = self.number.low - zero
             self.limits[group, 1] = self.number.high - zero
+            if self.reach is not None:
+                self.limits[group].clamp_(-self.reach[group], self.reach[group])
 
     def set(self, group: int, grid: Grid) -> None:
         """Take the one-group grid fitted for `group`."""
@@ -181,6 +216,10 @@ class _Columns:
 
     def round(self, column: int, values: Tensor) -> Tensor:
         """Nearest levels of the column's values [O]; returns what they stand for."""
+        rounded = self._nearest(column, values)
+        return rounded if self.dropped is None else rounded.masked_fill_(self.dropped[column], 0.0)
+
+    def _nearest(self, column: int, values: Tensor) -> Tensor:
         group = self.group[column]
         scale, levels = self._scales[group], self._columns[column]
         if self.offset is not None:
@@ -194,8 +233,8 @@ class _Columns:
 
     @property
     def round_tile(self) -> RoundTile | None:
-        """Rounds many columns in one kernel, where that can be: integers, on a GPU."""
-        if not (self.levels.is_cuda and isinstance(self.number, Int)):
+        """Rounds many columns in one kernel, where that can be: integers, on a GPU, all of them kept."""
+        if not (self.levels.is_cuda and isinstance(self.number, Int)) or self.dropped is not None:
             return None
         from ..numerics.feedback_kernel import round_tile
 

@@ -22,7 +22,7 @@ from ..numerics.grid import Grid
 from ..numerics.kquant import by_super, check_columns, layout, store_outer, stored, to_offset_codes, to_scale_codes
 from ..numerics.spec import SUPER, Int, Spec
 from .awq import AWQClip
-from .base import Need, Stats
+from .views import Need, Stats
 
 _CHUNK = 1 << 20
 """Weights fitted at once."""

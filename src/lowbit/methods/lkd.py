@@ -22,8 +22,8 @@ from torch import Tensor
 from ..graph.anatomy import Site
 from ..numerics.latent import Latent
 from ..numerics.ste import straight_through
-from .base import BlockView, Need
 from .scheme import Scheme
+from .views import BlockView, Need
 
 MEASURED = 10
 """How often in a training run the loss over the whole text is measured."""

@@ -20,7 +20,7 @@ from ..numerics.feedback import inverse_factor
 from ..numerics.grid import fit_range
 from ..numerics.qtensor import LowRank, QTensor, QWeight
 from ..numerics.spec import Int, per_channel
-from .base import Need, Stats
+from .views import Need, Stats
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,13 @@ class LoRC:
             raise ValueError("the rank is not negative, and damp is positive")
 
     name: ClassVar[str] = "lorc"
+
+    @staticmethod
+    def named(argument: str) -> LoRC:
+        """The method of a recipe's word: `lorc32` has rank 32."""
+        if not argument.isdecimal():
+            raise ValueError(f"lorc{argument}: the rank is a whole number, as in lorc32")
+        return LoRC(rank=int(argument))
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..numerics.grid import Grid, search_mse
 from ..numerics.spec import Spec
-from .base import Need, Stats
+from .views import Need, Stats
 
 
 @dataclass(frozen=True)

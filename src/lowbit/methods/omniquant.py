@@ -25,9 +25,9 @@ from ..numerics.grid import Grid, fit_range, grid_from_range, unit_range
 from ..numerics.replay import Replayed, assign, gradients
 from ..numerics.spec import Spec
 from ..numerics.ste import quantize_range
-from .base import BlockView, Need
 from .equivalent import Draft, Equivalence, Scaling, free_scores, starts
 from .scheme import Scheme
+from .views import BlockView, Need
 
 
 class LWC:

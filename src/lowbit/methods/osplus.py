@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..graph.anatomy import Norm
 from ..numerics.grid import fit_range
-from .base import EdgeView, Fold, Need
+from .views import EdgeView, Fold, Need
 
 
 @dataclass(frozen=True)

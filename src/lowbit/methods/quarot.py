@@ -31,7 +31,7 @@ from ..numerics.maps import (
     random_hadamard,
     random_orthogonal,
 )
-from .base import Need
+from .views import Need
 
 Kind = Literal["hadamard", "orthogonal"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..numerics.spec import Spec
-from .base import Clip, Correct, LearnedRotation, Need, Reconstruct, Rotation, Round, Transform
+from ..numerics.spec import BF16, Spec
+from .base import Clip, Correct, Encode, LearnedRotation, Reconstruct, Rotation, Round, Transform
 from .scheme import Override, Scheme
+from .views import Need
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,42 @@ class Recipe:
     name: str = ""
     reconstruct: tuple[Reconstruct, ...] = ()
     correct: tuple[Correct, ...] = ()
+    encode: Encode | None = None
 
     def __post_init__(self) -> None:
+        if self.encode is not None:
+            self._check_encode(self.encode)
         for place, step in enumerate(self.transforms):
             if place and isinstance(step, Rotation):
                 first = "keep one of them" if self.rotation else f"write {step.name} first"
                 raise ValueError(f"{step.name} turns the whole model, once and before everything else: {first}")
+
+    def _check_encode(self, encode: Encode) -> None:
+        if self.round.name not in {"rtn", *encode.rounds}:
+            others = f" or name {', '.join(sorted(encode.rounds))}" if encode.rounds else ""
+            raise ValueError(f"{encode.name} does not round by {self.round.name}: drop {self.round.name}{others}")
+        weights = self.scheme.weights
+        if weights is not None and weights.number == BF16 and self.round.name != "rtn":
+            name = self.round.name
+            raise ValueError(f"{name} makes codes, and bf16 weights have none: drop {name}, or add for instance -w4a16")
+        if not getattr(encode, "ranged", True) and self.clip.name != "minmax":
+            raise ValueError(f"{encode.name} has no range that {self.clip.name} could choose: drop {self.clip.name}")
+        recoding = [method.name for method in self.reconstruct if method.after and getattr(method, "recodes", True)]
+        if recoding:
+            raise ValueError(f"{recoding[0]} trains plain codes, and {encode.name} makes others: keep one of them")
+        if encode.maps and self.correct:
+            names = ", ".join(each.name for each in self.correct)
+            raise ValueError(f"{names} corrects plain weights, and {encode.name} maps them: keep one of them")
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the inputs of a linear are observed behind those finished before it."""
+        return self.round.sequential if self.encode is None else self.encode.sequential
+
+    @property
+    def _chooses(self) -> tuple[Clip | Round | Encode, ...]:
+        """Who chooses ranges and codes."""
+        return (self.clip, self.round) if self.encode is None else (self.clip, self.round, self.encode)
 
     @property
     def rotation(self) -> Rotation | None:
@@ -42,21 +73,23 @@ class Recipe:
     @property
     def needs(self) -> frozenset[Need]:
         """Every statistic that some part needs; static activation ranges need the inputs' extremes."""
-        return self._needs_of(*self.transforms, self.clip, self.round, *self.reconstruct, *self.correct)
+        return self._needs_of(*self.transforms, *self._chooses, *self.reconstruct, *self.correct)
 
-    def _needs_of(self, *parts: Rotation | Transform | Clip | Round | Reconstruct | Correct) -> frozenset[Need]:
+    def _needs_of(
+        self, *parts: Rotation | Transform | Clip | Round | Encode | Reconstruct | Correct
+    ) -> frozenset[Need]:
         static = any(spec is not None and not spec.dynamic for spec in self._activations())
         return frozenset().union(*(part.needs for part in parts), {"minmax"} if static else ())
 
     @property
     def rounding_needs(self) -> frozenset[Need]:
         """What a sequential Round observes at every stage of a block, for itself, clip and correction."""
-        return self._needs_of(self.clip, self.round, *self.correct)
+        return self._needs_of(*self._chooses, *self.correct)
 
     @property
     def arrival_needs(self) -> frozenset[Need]:
         """What is observed of a block before anything is done to it: all, unless Round takes its own at every stage."""
-        if not self.round.sequential:
+        if not self.sequential:
             return self.needs
         return self._needs_of(*self.transforms, *self.reconstruct, *(self.correct if self.retrains else ()))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..numerics.grid import Grid, fit_range
 from ..numerics.qtensor import QTensor
 from ..numerics.spec import Spec
-from .base import Clip, Need, Stats
+from .base import Clip
+from .views import Need, Stats
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from ..numerics.qtensor import QTensor
 from ..numerics.replay import Replayed, assign, gradients
 from ..numerics.spec import Spec
 from ..numerics.ste import quantize_between, shifted
-from .base import BlockView, Need
 from .scheme import Scheme
+from .views import BlockView, Need
 
 
 @dataclass(frozen=True)

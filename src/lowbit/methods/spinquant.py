@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..graph.anatomy import Anatomy
 from ..numerics.cayley import CayleySGD, orthonormal
 from ..numerics.maps import Map, around_mean, random_orthogonal
-from .base import ModelView, Need
 from .quarot import down_inputs, head_rotations, key_rotation, residual_rotation, whole_width
+from .views import ModelView, Need
 
 CPU_TOKENS = 1024
 """Tokens of a step on a CPU, where the paper's batch would take hours for the smallest of models."""

@@ -25,9 +25,9 @@ from ..numerics.qtensor import QTensor
 from ..numerics.scales import store_scale
 from ..numerics.spec import PLAIN, Float, Int, Number
 from ..numerics.ste import straight_through
-from .base import BlockView, Need
 from .lkd import drawn, quantized_sites
 from .scheme import Scheme
+from .views import BlockView, Need
 
 SCHEDULE = (
     *(0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21),

@@ -12,8 +12,9 @@ from os.path import isfile
 from pathlib import Path
 
 from ..methods.recipe import Recipe
+from .defaults import formats_for, weights_for
 from .document import Calibration, LoadedRecipe, from_dict, load_yaml, to_dict, to_yaml
-from .grammar import EXAMPLE, parse, parse_override
+from .grammar import EXAMPLE, parse, parse_override, widths, with_width
 from .named import NAMED
 from .papers import PAPERS, PREFIX, paper, summary
 from .settings import assign
@@ -31,6 +32,7 @@ __all__ = [
     "summary",
     "to_dict",
     "to_yaml",
+    "widths",
 ]
 
 
@@ -40,20 +42,27 @@ def resolve(
     settings: Sequence[str] = (),
     overrides: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    width: int | None = None,
 ) -> LoadedRecipe:
     """The recipe of a name, of a paper or of a YAML file, changed as asked; a `Recipe` is taken as it is.
 
     settings: `gptq.damp=0.05` or a path of the document, in order. overrides: `PATTERN=SCHEME`, the last that matches
-    a site wins. ignore: patterns of sites kept in 16 bits, whatever the overrides say. Raises ValueError with one
-    sentence of advice.
+    a site wins. ignore: patterns of sites kept in 16 bits, whatever the overrides say. width: the bits of weights, if a
+    name leaves them open. Raises ValueError with one sentence of advice.
     """
-    loaded = LoadedRecipe(recipe) if isinstance(recipe, Recipe) else _load(recipe)
+    if width is not None:
+        loaded = _of_width(recipe, width)
+    else:
+        loaded = LoadedRecipe(recipe) if isinstance(recipe, Recipe) else _load(recipe)
     for setting in settings:
         loaded = assign(loaded, setting)
     if "" in ignore:
         raise ValueError("an empty pattern matches nothing: write for instance --ignore '*.down_proj'")
     scheme = loaded.recipe.scheme
-    scheme = replace(scheme, overrides=(*scheme.overrides, *map(parse_override, overrides)))
+    clip = loaded.recipe.clip
+    added = [replace(each, weights=weights_for(clip, each.weights)) for each in map(parse_override, overrides)]
+    added = [formats_for(loaded.recipe.encode, each) for each in added]
+    scheme = replace(scheme, overrides=(*scheme.overrides, *added))
     return replace(loaded, recipe=replace(loaded.recipe, scheme=scheme).ignoring(ignore))
 
 
@@ -61,6 +70,13 @@ def show(recipe: str | Path) -> str:
     """The recipe of a name or file as complete YAML."""
     loaded = resolve(recipe)
     return to_yaml(loaded.recipe, loaded.calibration)
+
+
+def _of_width(name: str | Path | Recipe, bits: int) -> LoadedRecipe:
+    """The recipe of a name that leaves the bits of weights open, under that name."""
+    if not isinstance(name, str) or name.startswith(PREFIX) or isfile(name):
+        raise ValueError(f"{name} names its formats, so no bits are left to choose: take a name such as gptq-g128")
+    return LoadedRecipe(replace(parse(with_width(name, bits)), name=name))
 
 
 def _load(source: str | Path) -> LoadedRecipe:

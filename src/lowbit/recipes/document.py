@@ -15,8 +15,8 @@ from typing import Any, cast, get_type_hints
 
 import yaml
 
-from ..methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
-from ..methods.base import Clip, Correct, Reconstruct, Round, Transform
+from ..methods import CLIPS, CORRECTS, ENCODES, RECONSTRUCTS, ROUNDS, TRANSFORMS
+from ..methods.base import Clip, Correct, Encode, Reconstruct, Round, Transform
 from ..methods.recipe import Recipe
 from ..methods.rtn import RTN
 from ..methods.scheme import Override, Scheme
@@ -25,10 +25,11 @@ from .checks import below, checked, section, unknown
 from .defaults import default_clip
 from .specs import activations_from_dict, activations_to_dict, weights_from_dict, weights_to_dict
 
-KEYS = ("name", "scheme", "transforms", "clip", "round", "reconstruct", "correct", "calibration")
+KEYS = ("name", "scheme", "transforms", "clip", "encode", "round", "reconstruct", "correct", "calibration")
 _SLOTS: dict[str, Mapping[str, type]] = {
     "transform": TRANSFORMS,
     "clip": CLIPS,
+    "encode": ENCODES,
     "round": ROUNDS,
     "reconstruct": RECONSTRUCTS,
     "correct": CORRECTS,
@@ -78,6 +79,8 @@ def to_dict(recipe: Recipe, calibration: Calibration | None = None) -> dict[str,
         "reconstruct": [_settings(method) for method in recipe.reconstruct],
         "correct": [_settings(method) for method in recipe.correct],
     }
+    if recipe.encode is not None:
+        data["encode"] = _settings(recipe.encode)
     if calibration is not None:
         data["calibration"] = {key: value for key, value in asdict(calibration).items() if value is not None}
     return data
@@ -95,10 +98,12 @@ def from_dict(data: object) -> LoadedRecipe:
     corrections = cast(tuple[Correct, ...], _listed(document, "correct", "correct"))
     round = cast(Round, _method(document["round"], "round", "round")) if "round" in document else RTN()
     given = "clip" in document
-    clip = cast(Clip, _method(document["clip"], "clip", "clip")) if given else default_clip(maps, round, scheme.weights)
+    encode = cast(Encode, _method(document["encode"], "encode", "encode")) if "encode" in document else None
+    usual = default_clip(maps, round, scheme.weights, encode)
+    clip = cast(Clip, _method(document["clip"], "clip", "clip")) if given else usual
     pinned = document.get("calibration")
     calibration = None if pinned is None else cast(Calibration, _build(Calibration, pinned, "calibration"))
-    return LoadedRecipe(Recipe(scheme, round, clip, maps, name, trained, corrections), calibration)
+    return LoadedRecipe(Recipe(scheme, round, clip, maps, name, trained, corrections, encode), calibration)
 
 
 def to_yaml(recipe: Recipe, calibration: Calibration | None = None) -> str:

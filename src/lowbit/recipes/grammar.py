@@ -1,6 +1,7 @@
 """Recipe names: a small grammar, so that any composition can be typed.
 
     name        = [ method { "+" method } ] "-" scheme      (without methods the dash may go too)
+                | method [ "-" NUMBER ]                     (of those that choose the format: billm, pbllm-1.7, wanda50)
     scheme      = weights [ activations ] [ "kv" BITS | "k" BITS "v" BITS ] { option }
     weights     = "w" BITS | "wfp8" | "wfp6" | "wfp4" | "fp8" (which is wfp8afp8) | "nf4"
                 | "q2k" to "q6k" (llama.cpp's K-quants) | BLOCKS (which is BLOCKS "a" BLOCKS)
@@ -8,6 +9,7 @@
     BLOCKS      = "nvfp4" | "mxfp4" | "mxfp6" | "mxfp8" | "mxint8"
     option      = "-g" GROUP [ "-row" ] | "-kvg" GROUP | "-kivi" | "-asym" | "-pow2" | "-m2" | "-double" | "-static"
 
+Without weights, as in gptq-g128, awq+gptq-a8-g64 and gptq-qk (K-quants), a name leaves their bits to --bits or --size.
 16 bits are left alone, and keys and values are ranged per token and head. `papers/NAME` is no part of the grammar: it
 is looked up (`papers`). A name is read into an ordinary `Recipe` and forgotten: nothing further down knows the grammar.
 It is read by hand, since two regular expressions are easier to be sure of than a parser's grammar file.
@@ -18,8 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from ..methods import CLIPS, CORRECTS, RECONSTRUCTS, ROUNDS, TRANSFORMS
+from ..methods import CLIPS, CORRECTS, ENCODES, RECONSTRUCTS, ROUNDS, TRANSFORMS
 from ..methods.recipe import Recipe
 from ..methods.rtn import RTN
 from ..methods.scheme import Override, Scheme
@@ -41,7 +44,7 @@ from ..numerics.spec import (
     per_token,
 )
 from .checks import unknown
-from .defaults import default_clip, default_scale
+from .defaults import default_clip, default_scale, formats_for, weights_for
 
 EXAMPLE = "gptq-w4a16-g128"
 
@@ -59,8 +62,13 @@ _FORMATS = re.compile(
     rf"(?P<activations>a(?:[0-9]+|{'|'.join((*_FLOATS, *_BLOCKS))}))?"
     r"(?:kv(?P<kv>[0-9]+)|k(?P<keys>[0-9]+)v(?P<values>[0-9]+))?"
 )
+_WORD = re.compile(r"(?P<name>[a-z]+)(?P<argument>[0-9][0-9.:]*)")
+"""A method with what its class reads as settings, for instance lorc32 and sparsegpt2:4 (`named`)."""
+_NUMBER = re.compile(r"[0-9.]+")
 _KV_GROUP = re.compile(r"kvg[0-9]+")
 _GROUP = re.compile(r"g[0-9]+")
+_BEHIND = re.compile(r"a(?:[0-9]|fp|nv|mx)|kv?[0-9]")
+"""How what stands behind the format of weights in a word begins."""
 
 
 def parse(name: str) -> Recipe:
@@ -70,14 +78,22 @@ def parse(name: str) -> Recipe:
     methods = [] if bare or not head else head.split("+")
     try:
         _steps(methods, None)  # what is wrong with them is said first
-        if not (bare or tail):
+        if not (bare or tail or _own(methods)):
             raise ValueError(f"it does not say what to quantize to, write for instance {EXAMPLE}")
-        scheme = parse_scheme(name if bare else tail)
+        own = _own(methods)
+        if own is not None and (not tail or _NUMBER.fullmatch(tail)):
+            methods = [word + tail if _kind(word) in ENCODES else word for word in methods]
+            scheme = Scheme(own)
+        else:
+            scheme = parse_scheme(name if bare else tail)
+            scheme = replace(scheme, weights=scheme.weights or own)
         steps = _steps(methods, scheme.weights)
         if scheme.weights is None and scheme.activations is None and scheme.kv is None:
             raise ValueError("16-bit weights and 16-bit activations leave nothing to quantize")
     except ValueError as error:
         raise ValueError(f"recipe '{name}': {error}") from None
+    scheme = replace(scheme, weights=weights_for(steps.clip, scheme.weights))
+    scheme = formats_for(steps.encode, scheme)
     return replace(steps, scheme=scheme, name=name)
 
 
@@ -98,9 +114,6 @@ def parse_override(text: str) -> Override:
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-_RANK = re.compile(r"(?P<name>lorc)(?P<rank>[0-9]+)")
-
-
 def _steps(words: Sequence[str], weights: Spec | None) -> Recipe:
     """A recipe without a scheme whose slots are what the words name; RTN and the default clip fill what is left."""
     for word in words:
@@ -108,39 +121,51 @@ def _steps(words: Sequence[str], weights: Spec | None) -> Recipe:
             raise ValueError(f"{word} is named twice: once is enough")
     before = {name: kind for name, kind in RECONSTRUCTS.items() if not kind.after}
     after = {name: kind for name, kind in RECONSTRUCTS.items() if kind.after}
-    slots: tuple[Mapping[str, type], ...] = (TRANSFORMS, CLIPS, before, ROUNDS, after, CORRECTS)
+    slots: tuple[Mapping[str, type], ...] = (TRANSFORMS, CLIPS, before, ENCODES, ROUNDS, after, CORRECTS)
     filled = [[word for word in words if _kind(word) in slot] for slot in slots]
     for word in words:
         if not any(word in names for names in filled):
             raise unknown("method", word, [name for slot in slots for name in slot])
-    transforms, clips, trained, rounds, retrained, corrections = filled
+    transforms, clips, trained, encodes, rounds, retrained, corrections = filled
     if len(clips) > 1:
         raise ValueError(f"{' and '.join(clips)} both choose the range of the codes: keep one of them")
+    if len(encodes) > 1:
+        raise ValueError(f"{' and '.join(encodes)} both choose what a weight is made of: keep one of them")
     if len(rounds) > 1:
         raise ValueError(f"{' and '.join(rounds)} both choose the codes: keep one of them")
     ordered = [word for names in filled for word in names]
     if list(words) != ordered:
         raise ValueError(
-            "transforms come first, then the clip, what is trained before rounding, rounding, what is trained after "
-            f"it, corrections: {'+'.join(ordered)}"
+            "transforms come first, then the clip, what is trained before rounding, what weights are made of, "
+            f"rounding, what is trained after it, corrections: {'+'.join(ordered)}"
         )
-    maps = tuple(TRANSFORMS[word]() for word in transforms)
-    round = ROUNDS[rounds[0]]() if rounds else RTN()
-    clip = CLIPS[clips[0]]() if clips else default_clip(maps, round, weights)
-    reconstruct = tuple(RECONSTRUCTS[word]() for word in (*trained, *retrained))
-    correct = tuple(CORRECTS[_kind(word)](**_rank(word)) for word in corrections)
-    return Recipe(Scheme(None), round, clip, maps, reconstruct=reconstruct, correct=correct)
+    maps = tuple(_made(TRANSFORMS, word) for word in transforms)
+    encode = _made(ENCODES, encodes[0]) if encodes else None
+    round = _made(ROUNDS, rounds[0]) if rounds else RTN()
+    clip = _made(CLIPS, clips[0]) if clips else default_clip(maps, round, weights, encode)
+    reconstruct = tuple(_made(RECONSTRUCTS, word) for word in (*trained, *retrained))
+    correct = tuple(_made(CORRECTS, word) for word in corrections)
+    return Recipe(Scheme(None), round, clip, maps, reconstruct=reconstruct, correct=correct, encode=encode)
 
 
 def _kind(word: str) -> str:
     """The method a word names: `lorc32` is lorc."""
-    match = _RANK.fullmatch(word)
-    return match["name"] if match else word
+    match = _WORD.fullmatch(word)
+    slots: tuple[Mapping[str, type], ...] = (TRANSFORMS, CLIPS, RECONSTRUCTS, ENCODES, ROUNDS, CORRECTS)
+    reads = match is not None and any(hasattr(slot.get(match["name"]), "named") for slot in slots)
+    return match["name"] if match is not None and reads else word
 
 
-def _rank(word: str) -> dict[str, int]:
-    match = _RANK.fullmatch(word)
-    return {"rank": int(match["rank"])} if match else {}
+def _made(slot: Mapping[str, Any], word: str) -> Any:
+    """The method of a word, with the settings that the word gives."""
+    kind = _kind(word)
+    return slot[kind]() if kind == word else slot[kind].named(word.removeprefix(kind))
+
+
+def _own(words: Sequence[str]) -> Spec | None:
+    """The weight format of the method that weights are made by, if the words name one and it has one."""
+    made = [ENCODES[_kind(word)] for word in words if _kind(word) in ENCODES]
+    return made[0].own if made else None
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
@@ -168,6 +193,8 @@ def parse_scheme(words: str) -> Scheme:
     """The formats that the words of a scheme mean, for instance `w4a16-g128`."""
     formats, *rest = words.split("-")
     match = _FORMATS.match(formats)
+    if match is None and _open(formats):
+        raise ValueError("it leaves the bits of weights open: add --bits or --size, or write for instance w4 in front")
     if match is None:
         raise ValueError(f"cannot read '{formats}': a scheme begins with {_either(_FIRST)} in this version")
     if match.end() < len(formats):
@@ -178,6 +205,33 @@ def parse_scheme(words: str) -> Scheme:
     options = _options([word for word in rest if word not in cached])
     kv = _kv(match["keys"] or match["kv"], match["values"] or match["kv"], cached)
     return Scheme(_weight_spec(weights, inputs is not None, options), _activation_spec(inputs, options), kv=kv)
+
+
+def with_width(name: str, bits: int) -> str:
+    """A name that leaves the bits of weights open, with these: gptq-g128 is gptq-w3-g128, gptq-qk is gptq-q3k.
+
+    Raises ValueError where the name has a format of weights already.
+    """
+    head, _, tail = name.partition("-")
+    first, *rest = tail.split("-")
+    whole = _own(head.split("+")) is not None and (not tail or _NUMBER.fullmatch(tail))
+    if whole or _FORMATS.match(head) or _FORMATS.match(first):
+        raise ValueError(f"recipe '{name}' names its format, so no bits are left to choose: take a name like gptq-g128")
+    if first == "qk":
+        return "-".join([head, f"q{bits}k", *rest])
+    behind = f"w{bits}{first}" if _BEHIND.match(first) else f"w{bits}-{first}".rstrip("-")
+    return "-".join([head, behind, *rest])
+
+
+def widths(name: str) -> tuple[int, ...]:
+    """The bits that `with_width` may give a name: those of K-quants, or of integers."""
+    return (2, 3, 4, 5, 6) if "qk" in name.split("-") else (2, 3, 4, 5, 6, 8)
+
+
+def _open(word: str) -> bool:
+    """Whether a scheme that begins so leaves the format of weights open."""
+    options = ("asym", "row", "static", "kivi", "qk", *_SCALES)
+    return word in options or _GROUP.fullmatch(word) is not None or _BEHIND.match(word) is not None
 
 
 def _kv(keys: str | None, values: str | None, words: Sequence[str]) -> KV | None:

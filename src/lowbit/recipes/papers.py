@@ -13,14 +13,23 @@ from __future__ import annotations
 from dataclasses import replace
 from difflib import get_close_matches
 
-from . import llmc, published
+from . import binary, grids, llama3, llmc, outliers, published, rotated, sparse
 from .document import Calibration, LoadedRecipe
 from .grammar import parse
 from .settings import assign
 from .study import WIKITEXT, Entry, Study
 
 PREFIX = "papers/"
-STUDIES = (*published.STUDIES, *llmc.STUDIES)
+STUDIES = (
+    *published.STUDIES,
+    *grids.STUDIES,
+    *outliers.STUDIES,
+    *rotated.STUDIES,
+    *binary.STUDIES,
+    *sparse.STUDIES,
+    *llama3.STUDIES,
+    *llmc.STUDIES,
+)
 
 
 def _entries() -> dict[str, tuple[Study, Entry]]:

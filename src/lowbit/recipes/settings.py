@@ -51,7 +51,8 @@ def _assign(data: dict[str, Any], path: Sequence[str], value: object) -> None:
 
 def _methods(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, settings) of every method in a document."""
-    for entry in (*data["transforms"], data["clip"], data["round"], *data["reconstruct"], *data["correct"]):
+    single = [data[slot] for slot in ("clip", "encode", "round") if slot in data]
+    for entry in (*data["transforms"], *single, *data["reconstruct"], *data["correct"]):
         yield from entry.items()
 
 

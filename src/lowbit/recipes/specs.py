@@ -8,9 +8,10 @@ tensor and only the opposite is worth a word.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
-from ..numerics.spec import E2M1, E2M3, E3M0, E3M2, E4M3, E5M2, NF4, Int, Number, Rule, ScaleDtype, Spec
+from ..numerics.spec import BF16, E2M1, E2M3, E3M0, E3M2, E4M3, E5M2, NF4, Int, Number, Rule, ScaleDtype, Spec
 from .checks import checked, section, unknown
 from .defaults import default_scale
 
@@ -18,7 +19,9 @@ FORMATS: dict[str, Number] = {
     **{f"int{bits}": Int(bits) for bits in range(1, 9)},
     **{str(number).replace(" ", "-"): number for number in (E4M3, E5M2, E3M2, E2M3, E2M1, E3M0, NF4)},
 }
-_NAMES = {number: name for name, number in FORMATS.items()}
+_OF_WEIGHTS: dict[str, Number] = {**FORMATS, "bf16": BF16}
+"""Pruned weights may keep their 16 bits."""
+_NAMES = {number: name for name, number in _OF_WEIGHTS.items()}
 _GROUPS = {"channel": (1, -1), "tensor": (-1, -1)}
 _ROWS = {"token": 1, "tensor": -1}
 
@@ -36,7 +39,7 @@ def weights_from_dict(data: object, path: str, quantized_inputs: bool) -> Spec |
     if data is None:
         return None
     fields = section(data, path, ("format", "rule", "group", "block", "scale"))
-    number = _number(fields, path)
+    number = _number(fields, path, _OF_WEIGHTS)
     scale = _scale(fields, path, default_scale(number, quantized_inputs))
     return _spec(number, _block(fields, path), scale, False, path)
 
@@ -66,7 +69,7 @@ def activations_from_dict(data: object, path: str) -> Spec | None:
     if per == "token" and not dynamic and fields.get("scale") != "e4m3":  # whose tensor scale may be calibrated
         raise ValueError(f"{path}: tokens to come have no ranges yet, so per token is dynamic; static is per: tensor")
     columns = checked(fields.get("group", -1), int, f"{path}.group")
-    return _spec(_number(fields, path), (_ROWS[per], columns), _scale(fields, path, "float32"), dynamic, path)
+    return _spec(_number(fields, path, FORMATS), (_ROWS[per], columns), _scale(fields, path, "float32"), dynamic, path)
 
 
 def _number_to_dict(number: Number) -> dict[str, str]:
@@ -75,11 +78,11 @@ def _number_to_dict(number: Number) -> dict[str, str]:
     return {"format": _NAMES[number]}
 
 
-def _number(fields: Any, path: str) -> Number:
+def _number(fields: Any, path: str, known: Mapping[str, Number]) -> Number:
     if "format" not in fields:
-        raise ValueError(f"{path}: the format is missing (known: {', '.join(FORMATS)})")
+        raise ValueError(f"{path}: the format is missing (known: {', '.join(known)})")
     name = fields["format"]
-    number = FORMATS[_choice(name, "format", FORMATS, f"{path}.format")]
+    number = known[_choice(name, "format", known, f"{path}.format")]
     if "rule" not in fields:
         return number
     if not isinstance(number, Int):

@@ -8,6 +8,7 @@ stored is what makes the next block's inputs.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.anatomy import Edge, Site, Tap
-from ..methods.base import Fold, Stats, Transform
+from ..methods.base import Particular, Transform
+from ..methods.views import Fold, Stats
 from ..modules.linear import install
 from ..numerics.grid import Grid
 from ..numerics.qtensor import QAttention, QLayer, QWeight
@@ -66,7 +68,7 @@ def quantize_block(work: BlockWork, text: Text | None, seed: int = 0) -> Outcome
     """
     recipe = work.recipe
     if text is None:
-        layers = _corrected(work, _rounded(work, work.anatomy.taps, {}), {})
+        layers = _corrected(work, _rounded(work, work.anatomy.taps, {}, seed), {})
         finished: dict[str, QLayer | QAttention] = {**layers, **work.kept(), **work.attention()}
         return Outcome(finished, work.rest(), *_weight_errors(work, layers), "weight")
     work.install_dense()
@@ -80,13 +82,13 @@ def quantize_block(work: BlockWork, text: Text | None, seed: int = 0) -> Outcome
     observed = _transform(work, observed, text)
     _quantize_cache(work, text, moved=bool(recipe.folds))
     observed = _train(work, observed, text, seed)
-    if recipe.round.sequential:
-        layers, experts = _round_in_order(work, text, layout)
+    if recipe.sequential:
+        layers, experts = _round_in_order(work, text, layout, seed)
     else:
-        layers = _rounded(work, work.anatomy.taps, observed.stats)
-    advanced = recipe.round.sequential and text.onward and not recipe.retrains
+        layers = _rounded(work, work.anatomy.taps, observed.stats, seed)
+    advanced = recipe.sequential and text.onward and not recipe.retrains
     layers = _train_codes(work, layers, observed, text, seed)
-    if recipe.retrains or not recipe.round.sequential:
+    if recipe.retrains or not recipe.sequential:
         layers = _corrected(work, layers, observed.stats)
     finished, rest = {**layers, **work.kept(), **work.attention()}, work.rest()
     before = _plain_error(work, plain_inputs, text, start, target)
@@ -286,14 +288,17 @@ def _quantize_cache(work: BlockWork, text: Text, moved: bool) -> None:
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
 
-def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
-    """Round the quantized sites of `taps`, linears of one tap and format as one matrix."""
-    layers = {}
+def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats], seed: int) -> dict[str, QLayer]:
+    """Round the quantized sites of `taps`, linears of one tap and format as one matrix; an Encode takes them singly."""
+    layers: dict[str, QLayer] = {}
     for tap in taps:
         for sites, spec, scores in _batches(work, tap):
             seen = stats.get(tap.name)
             if seen is not None and sites[0].expert is not None and seen.tokens < STARVED:
                 seen = None
+            if work.recipe.encode is not None:
+                layers |= {site.name: _encoded(work, site, spec, seen, scores, seed) for site in sites}
+                continue
             stacked = torch.cat([work.weight(site) for site in sites])
             trained = work.grids.get(sites[0].name)  # such a site comes alone
             clip = work.recipe.clip if trained is None else FixedGrid(trained)
@@ -308,6 +313,23 @@ def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -
     return layers
 
 
+def _encoded(work: BlockWork, site: Site, spec: Spec, stats: Stats | None, scores: bool, seed: int) -> QLayer:
+    """What the recipe's Encode makes of one linear; every linear of a model has random numbers of its own."""
+    recipe = work.recipe
+    assert recipe.encode is not None
+    trained = work.grids.get(site.name)
+    clip = recipe.clip if trained is None else FixedGrid(trained)
+    own = (seed * 1_000_003 + zlib.crc32(site.name.encode())) % (1 << 63)
+    encoded = recipe.encode.encode(work.weight(site), spec, recipe.round, clip, stats, scores=scores, seed=own)
+    seen = {} if stats is None else {site.name: stats}
+    layer = work.layer(site, encoded.weight.to("cpu"), work.input_grid(site, seen))
+    if encoded.input_map is not None:
+        layer = replace(layer, input_map=encoded.input_map.to("cpu"))
+    output_map = None if encoded.output_map is None else encoded.output_map.to("cpu")
+    outliers = None if encoded.outliers is None else encoded.outliers.to("cpu")
+    return replace(layer, output_map=output_map, outliers=outliers)
+
+
 def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
     """The tap's quantized sites in batches that share format and treatment; units must not span two linears.
 
@@ -315,17 +337,18 @@ def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool
     """
     batches: dict[tuple[Spec, bool, str], list[Site]] = {}
     scoring = any(site.name in work.anatomy.scores for site in tap.sites)
+    single = isinstance(work.recipe.clip, Particular) and work.recipe.clip.alone
     for site in tap.sites:
         spec = work.formats[site.name][0]
         if spec is not None:
-            alone = "" if spec.by_row and site.name not in work.grids else site.name
+            alone = "" if spec.by_row and not single and site.name not in work.grids else site.name
             scores = scoring if spec.scale == "e4m3" else site.name in work.anatomy.scores
             batches.setdefault((spec, scores, alone), []).append(site)
     for (spec, scores, _), sites in batches.items():
         yield sites, spec, scores
 
 
-def _round_in_order(work: BlockWork, text: Text, layout: Layout) -> tuple[dict[str, QLayer], dict[str, int]]:
+def _round_in_order(work: BlockWork, text: Text, layout: Layout, seed: int) -> tuple[dict[str, QLayer], dict[str, int]]:
     """True-sequential: every stage is rounded on what the rounded stages before it give; also the tokens of experts.
 
     The block computes from the start with all else as it will be stored, and corrections are made at once, unless the
@@ -343,7 +366,7 @@ def _round_in_order(work: BlockWork, text: Text, layout: Layout) -> tuple[dict[s
     for index, stage in enumerate(order):
         stats = passes.observe(index, recipe.rounding_needs)
         experts.update(_tokens_of_experts(work, stats))
-        fresh = _rounded(work, stage, stats)
+        fresh = _rounded(work, stage, stats, seed)
         if not recipe.retrains:
             fresh = _corrected(work, fresh, stats)
         install(work.block, fresh, rest, work.dtype, work.device)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..graph.anatomy import Edge, Norm
 from ..graph.fold import source_rows
-from ..methods.base import Stats, to_readers, to_source
+from ..methods.views import Stats, to_readers, to_source
 from ..modules.linear import quantize_activation
 from ..numerics.maps import Map
 from ..numerics.precision import tensor_cores

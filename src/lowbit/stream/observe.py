@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.anatomy import Tap
-from ..methods.base import Need, Stats
+from ..methods.views import Need, Stats
 from ..modules.linear import QLinear
 from .edges import Sample, first
 

@@ -15,14 +15,13 @@ from math import prod
 import torch
 
 from ..graph.anatomy import Anatomy, Site
-from ..methods.base import LearnedRotation
+from ..methods.base import LearnedRotation, outcomes
 from ..methods.recipe import Recipe
 from ..numerics import kquant
-from ..numerics.bits import packed_length
 from ..numerics.grid import unit_shape
 from ..numerics.maps import Map
-from ..numerics.scales import scale_bytes
-from ..numerics.spec import Spec
+from ..numerics.sizes import stored_bytes
+from ..numerics.spec import BF16, Spec
 from . import rotation
 from .checkpoint import Checkpoint
 from .work import Formats
@@ -56,6 +55,8 @@ class Plan:
     quantized_weights: int
     stored_bytes: int
     """Bytes that the quantized sites will take in the file."""
+    paper_bits: float
+    """Bits per quantized weight as papers count them: of codes alone, or as the paper of an Encode says."""
     learning_bytes: int = 0
     """What a rotation that is learned needs, before the first block: the whole model, its gradients, one window."""
 
@@ -88,6 +89,7 @@ def make_plan(
     _check_patterns(anatomy, recipe)
     rotation.check(anatomy, recipe)
     _check_ranges(recipe)
+    _check_maps(anatomy, recipe)
     formats = tuple(
         {site.name: recipe.scheme.formats(anatomy.full_name(index, site.name)) for site in block.sites}
         for index, block in enumerate(anatomy.blocks)
@@ -101,10 +103,7 @@ def make_plan(
     if not quantized and recipe.scheme.kv is None:
         raise ValueError("the recipe quantizes nothing: every linear is kept in 16 bits")
     for name, site, weights, inputs in quantized:
-        _check_site(name, site, weights, inputs)
-        reason = None if refuse is None else refuse(weights, inputs, site, recipe.round.reorders(weights), False)
-        if reason is not None:
-            raise ValueError(f"{name}: {reason}")
+        check_format(name, site, weights, inputs, recipe, refuse)
     _check_kv(anatomy, recipe)
     if refuse is not None:
         _check_mapped(anatomy, recipe, formats, refuse)
@@ -122,26 +121,34 @@ def make_plan(
         _working_bytes(anatomy, recipe, block_bytes),
         sum(_flops(site, recipe, tokens if text else 0) for _, site, _, _ in chosen),
         sum(prod(site.shape) for _, site, _, _ in quantized),
-        sum(
-            stored_bytes(site.shape, weights) + sum(each.stored_bytes(site.shape) for each in recipe.correct)
-            for _, site, weights, _ in quantized
-        ),
+        sum(site_bytes(site.shape, weights, recipe) for _, site, weights, _ in quantized),
+        _paper_bits([(site.shape, weights) for _, site, weights, _ in quantized], recipe),
         rotation.learning_bytes(anatomy, recipe, checkpoint, window),
     )
 
 
-def stored_bytes(shape: tuple[int, int], spec: Spec) -> int:
-    """Bytes of codes, scales and zero-points of a site in lowbit's own files."""
-    codes = shape[0] * packed_length(shape[1], spec.bits)
-    if spec.scale == "kquant":
-        return codes + kquant.scale_bytes(*shape, spec)
-    r, c = unit_shape(torch.Size(shape), spec.block)
-    rows, columns = -(-shape[0] // r), -(-shape[1] // c)
-    rule = getattr(spec.number, "rule", "symmetric")
-    zero = 2 * rows * columns if spec.minima else 0
-    if rule == "symmetric-unsigned" or (rule.startswith("asymmetric") and not spec.minima):
-        zero = 4 * rows * columns if rule == "asymmetric-deepspeed" else packed_length(rows * columns, spec.bits)
-    return codes + scale_bytes(rows, columns, spec.scale) + zero
+def site_bytes(shape: tuple[int, int], spec: Spec, recipe: Recipe) -> int:
+    """Bytes of a site in lowbit's own files once the recipe is done with it."""
+    encoded = stored_bytes(shape, spec) if recipe.encode is None else recipe.encode.stored_bytes(shape, spec)
+    return encoded + sum(each.stored_bytes(shape) for each in recipe.correct)
+
+
+def check_format(
+    name: str, site: Site, weights: Spec, inputs: Spec | None, recipe: Recipe, refuse: Refuse | None
+) -> None:
+    """Raise ValueError where the recipe cannot give a site these formats, or the target objects."""
+    _check_site(name, site, weights, inputs)
+    _check_encoded(name, site, weights, inputs, recipe)
+    for made in _outcomes(name, weights, recipe):
+        reason = None if refuse is None else refuse(made, inputs, site, recipe.round.reorders(weights), False)
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}")
+
+
+def _paper_bits(sites: Sequence[tuple[tuple[int, int], Spec]], recipe: Recipe) -> float:
+    total, encode = sum(prod(shape) for shape, _ in sites), recipe.encode
+    counted = sum(prod(s) * (spec.bits if encode is None else encode.paper_bits(s, spec)) for s, spec in sites)
+    return counted / max(1, total)
 
 
 def _check_patterns(anatomy: Anatomy, recipe: Recipe) -> None:
@@ -181,15 +188,42 @@ def _check_kv(anatomy: Anatomy, recipe: Recipe) -> None:
 def _check_ranges(recipe: Recipe) -> None:
     """Ranges that a method learned before rounding are those that rounding has to use."""
     specs = [recipe.scheme.weights, *(override.weights for override in recipe.scheme.overrides)]
-    learned = [method.name for method in recipe.reconstruct]
+    learned = [method.name for method in recipe.reconstruct if getattr(method, "recodes", True)]
     learned += [step.name for step in (recipe.rotation,) if isinstance(step, LearnedRotation)]
-    least = [spec for spec in specs if spec is not None and (spec.minima or spec.scale == "kquant")]
+    least = [spec for spec in specs if spec is not None and (spec.minima or spec.scale in ("kquant", "integer"))]
     if learned and least:
         raise ValueError(f"{learned[0]} trains through plain scales, and {least[0]} has none: round with gptq or rtn")
     trained = [method.name for method in recipe.reconstruct if not method.after]
     if trained and any(spec is not None and recipe.round.refits(spec) for spec in specs):
         name = recipe.round.name
         raise ValueError(f"{name} would fit again the ranges that {trained[0]} learns: set {name}.groups=static")
+
+
+def _outcomes(name: str, weights: Spec, recipe: Recipe) -> tuple[Spec, ...]:
+    """The formats that the recipe's clip may give to a site; where it chooses one, nothing else may depend on which."""
+    try:
+        found = outcomes(recipe.clip, weights)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    others = [part.name for part in (recipe.encode,) if part is not None]
+    others += [method.name for method in recipe.reconstruct if getattr(method, "recodes", True)]
+    if len(found) > 1 and others:
+        raise ValueError(f"{others[0]} needs to know which weights share a scale: drop {recipe.clip.name}")
+    if len(found) > 1 and recipe.round.refits(weights):
+        name = recipe.round.name
+        raise ValueError(f"{name} would fit again the ranges that {recipe.clip.name} chooses: set {name}.groups=static")
+    return found
+
+
+def _check_maps(anatomy: Anatomy, recipe: Recipe) -> None:
+    """Maps of an Encode's own stand alone before a linear."""
+    if recipe.encode is None or not recipe.encode.maps:
+        return
+    trained = [method.name for method in recipe.reconstruct if method.online(recipe.scheme)]
+    turned = [] if recipe.rotation is None else [recipe.rotation.name]
+    online = trained + (turned if any(rotation.online_sites(anatomy, recipe)) else [])
+    if online:
+        raise ValueError(f"{recipe.encode.name} and {online[0]} both map the inputs of linears: keep one of them")
 
 
 def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None) -> None:
@@ -206,6 +240,21 @@ def _check_site(name: str, site: Site, weights: Spec, inputs: Spec | None) -> No
             unit_shape(torch.Size((1, site.shape[1])), inputs.block)
         except ValueError as error:
             raise ValueError(f"{name}, activations: {error}") from None
+
+
+def _check_encoded(name: str, site: Site, weights: Spec, inputs: Spec | None, recipe: Recipe) -> None:
+    """What an Encode cannot take, or 16-bit weights of which nobody leaves any out."""
+    encode = recipe.encode
+    if encode is None:
+        if weights.number == BF16:
+            raise ValueError(f"{name}: bf16 is the format of pruned weights, and nothing prunes: give it codes, or w16")
+        return
+    try:
+        encode.check(site.shape, weights, inputs)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if encode.maps and inputs is not None and not inputs.dynamic:
+        raise ValueError(f"{name}: {encode.name} maps the inputs, whose static range is not known then: drop -static")
 
 
 def _hidden_width(anatomy: Anatomy) -> int:

@@ -23,6 +23,8 @@ from ..numerics.qtensor import QAttention, QLayer
 
 PLAN, JOURNAL, NAMES = "plan.json", "journal.jsonl", "names.json"
 SCRATCH = "scratch"
+ALLOCATION = "reports/allocation.json"
+"""The widths that a budget was spent on, and what they were chosen from."""
 ROTATION = "reports/rotation.safetensors"
 """The matrices of a learned rotation: merged into the model, so kept beside the reports and not among its weights."""
 
@@ -141,6 +143,11 @@ class RunDirectory:
 
     def _report(self, block: int) -> Path:
         return self.path / "reports" / f"block-{block:05d}.json"
+
+    def keep(self, name: str, data: Mapping[str, Any]) -> None:
+        """Write something else that the run must find again."""
+        (self.path / name).parent.mkdir(exist_ok=True)
+        write_json(self.path / name, data)
 
     def report(self, block: int) -> dict[str, Any]:
         """What was reported of a finished block."""

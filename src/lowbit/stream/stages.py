@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.anatomy import Edge, Norm, Site, Tap
-from ..methods.base import Need, Stats
+from ..methods.views import Need, Stats
 from ..modules.linear import QLinear
 from .edges import first
 from .observe import Forward

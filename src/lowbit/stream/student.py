@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..graph.anatomy import Edge, Norm, Site, Tap
-from ..methods.base import Batch, Fold, Quantizer, Stats
+from ..methods.views import Batch, Fold, Quantizer, Stats
 from ..modules.attention import attach, detach
 from ..modules.linear import quantize_activation
 from ..numerics.grid import Grid
@@ -37,7 +37,7 @@ class Student:
     def __init__(
         self, work: BlockWork, text: Text, stats: Mapping[str, Stats], layers: dict[str, QLayer], seed: int
     ) -> None:
-        self.anatomy, self.formats, self.stats = work.anatomy, work.formats, stats
+        self.anatomy, self.place, self.formats, self.stats = work.anatomy, work.place, work.formats, stats
         self.batches, self.device = text.batches, work.device
         self.generator = torch.Generator().manual_seed(seed)
         self.kv = work.recipe.scheme.kv if work.anatomy.attention else None
@@ -93,8 +93,11 @@ class Student:
         assert states is not None, "the float stream exists wherever a trained method does"
         return self._stacked(states, batch)
 
-    def target(self, batch: Batch) -> Tensor:
-        """The original block's output for the micro-batch, or some, of the float stream, [b, T, D]."""
+    def target(self, batch: Batch, stream: Literal["float", "quantized"] = "float") -> Tensor:
+        """The original block's output for the micro-batch, or some, of a stream, [b, T, D]."""
+        if stream == "quantized":
+            plain = {site.name: _mapping(self._work.maps.get(site.name)) for site in self.anatomy.sites}
+            return self.run(batch, self.inputs(batch, stream), {}, quantizers=plain)
         assert self._text.targets is not None, "targets exist wherever a trained method does"
         return self._stacked(self._text.targets, batch)
 
@@ -106,6 +109,10 @@ class Student:
     def start(self, site: Site) -> QTensor:
         """The codes that Round chose."""
         return self.layers[site.name].weight.parts[0].to(self.device)
+
+    def rounded(self, site: Site) -> Tensor:
+        """What the site holds by now."""
+        return self.layers[site.name].weight.to(self.device).dequantize()
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -248,6 +255,10 @@ class _Substituted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.__dict__["block"], self.values, args, kwargs)
+
+
+def _mapping(map: Map | None) -> Quantizer:
+    return (lambda x: x) if map is None else map.apply
 
 
 def _on_input(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

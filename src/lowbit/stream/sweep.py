@@ -143,6 +143,7 @@ class Sweep:
         """The work on a block, which begins with the rotation of the whole model if there is one."""
         part, formats = self.plan.anatomy.blocks[index], self.plan.formats[index]
         work = BlockWork(block, part, self.plan.recipe, formats, tensors, self.dtype, self.device)
+        work.place = (index, len(self.plan.anatomy.blocks))
         if self._turning is not None:
             self._turning.turn(work, index)
         return work

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from ..graph.anatomy import BlockAnatomy, Edge, Site, Tap
 from ..graph.fold import apply_scale, apply_shift
-from ..methods.base import Fold, Need, Stats
 from ..methods.recipe import Recipe
+from ..methods.views import Fold, Need, Stats
 from ..modules.attention import attach, attached
 from ..modules.linear import QLinear, install
 from ..numerics.grid import Grid, fit_range, grid_from_range
 from ..numerics.kv import Affine
 from ..numerics.maps import Map
 from ..numerics.qtensor import QAttention, QLayer, QTensor, QWeight
-from ..numerics.spec import Spec
+from ..numerics.spec import BF16, Spec
 from .edges import stored_scale, stored_shift
 
 Formats = Mapping[str, tuple[Spec | None, Spec | None]]
@@ -60,6 +60,8 @@ class BlockWork:
         self.block, self.anatomy, self.recipe, self.formats = block, anatomy, recipe, formats
         self.tensors, self.dtype, self.device = tensors, dtype, device
         self.source: dict[str, Tensor] = dict(tensors)
+        self.place = (0, 1)
+        """The block's number and how many blocks there are."""
         self.maps: dict[str, Map] = {}
         self.clips: dict[str, Tensor] = {}
         self.grids: dict[str, Grid] = {}
@@ -209,9 +211,11 @@ class BlockWork:
         """Every quantized site rounded to nearest on its min-max grid: the yardstick of `error_before`."""
         layers = {}
         for site, spec in self.quantized():
-            grid = fit_range(self.weight(site), spec)
-            codes = QTensor(grid.encode(self.weight(site)), grid)
-            layers[site.name] = self.layer(site, QWeight((codes,)), inputs.get(site.name))
+            weight = QWeight((), dense=self.weight(site))
+            if spec.number != BF16:
+                grid = fit_range(self.weight(site), spec)
+                weight = QWeight((QTensor(grid.encode(self.weight(site)), grid),))
+            layers[site.name] = self.layer(site, weight, inputs.get(site.name))
         return layers
 
 
