@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from lowbit.graph.anatomy import Anatomy
 from lowbit.graph.discover import discover
 from lowbit.graph.skeleton import unfuse_experts
-from lowbit.methods.base import Stats
 from lowbit.methods.recipe import Recipe
+from lowbit.methods.views import Stats
 from lowbit.stream.block import _observe, quantize_block
 from lowbit.stream.hidden import HiddenStates
 from lowbit.stream.observe import Observed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit.graph.anatomy import Edge, Norm, Site
 from lowbit.methods.awq import AWQ, AWQClip, candidate, mean_share
-from lowbit.methods.base import EdgeView, Stats
+from lowbit.methods.views import EdgeView, Stats
 from lowbit.numerics.grid import Grid, fit_range
 from lowbit.numerics.spec import E4M3, Int, Number, Spec, per_block, per_channel, per_group, per_tensor
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lowbit.formats import native
 from lowbit.formats.compressed_tensors import refuse
-from lowbit.methods.base import Stats
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.mse import MSEClip
 from lowbit.methods.rtn import MinMaxClip
+from lowbit.methods.views import Stats
 from lowbit.numerics.grid import _CHUNK, cast_float, fit_range, grid_from_range, grid_range, search_mse, to_values
 from lowbit.numerics.qtensor import QLayer, QTensor, QWeight
 from lowbit.numerics.scales import scale_codes, scale_values

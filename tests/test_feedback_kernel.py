@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.methods.gptq import GPTQ, _Columns
+from lowbit.methods.gptq import GPTQ, Columns
 from lowbit.numerics import feedback
 from lowbit.numerics.grid import Grid, fit_range, unit_shape
 from lowbit.numerics.spec import Int, Spec
@@ -30,7 +30,7 @@ def swept(weight: Tensor, factor: Tensor, grid: Grid, kernel: bool) -> tuple[Ten
     from lowbit.numerics.feedback_kernel import round_tile
 
     _, width = unit_shape(weight.shape, grid.spec.block)
-    columns = _Columns(grid, weight.shape, [i // width for i in range(weight.shape[1])])
+    columns = Columns(grid, weight.shape, [i // width for i in range(weight.shape[1])])
     group = torch.tensor(columns.group, dtype=torch.int32, device=weight.device)
 
     def rounds(first: int, values: Tensor, errors: Tensor, shares: Tensor) -> None:

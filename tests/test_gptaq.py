@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.graph.anatomy import Site, Tap
-from lowbit.methods.base import Stats
 from lowbit.methods.gptaq import GPTAQ
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.recipe import Recipe
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.views import Stats
 from lowbit.numerics.feedback import sweep
 from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.spec import E2M1, Int, Number, Spec, per_channel, per_group

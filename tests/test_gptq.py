@@ -16,10 +16,11 @@ import torch
 from gptq_oracle import Oracle, fit_ends, least_error
 from torch import Tensor
 
-from lowbit.methods.base import Clip, Stats
+from lowbit.methods.base import Clip
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.mse import MSEClip
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.views import Stats
 from lowbit.numerics.grid import Grid, fit_range
 from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.spec import E2M1, E4M3, Int, Number, Spec, per_block, per_channel, per_group, per_tensor

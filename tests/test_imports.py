@@ -21,7 +21,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "lowbit"
 EVERYTHING = "everything"
 FORMAT_CORE = ("base", "files", "native", "source")
 """What is not the format of other software."""
-METHOD_CORE = ("methods.base", "methods.recipe", "methods.scheme")
+METHOD_CORE = ("methods.base", "methods.recipe", "methods.scheme", "methods.views")
 """What is no method."""
 TABLE: dict[str, set[str]] = {
     "numerics": set(),
@@ -33,10 +33,11 @@ TABLE: dict[str, set[str]] = {
     "formats": {"numerics"},
     "stream": {"numerics", "modules", "graph", *METHOD_CORE, *(f"formats.{name}" for name in FORMAT_CORE)},
     "recipes": {"methods", "numerics"},
-    "runtime": {"numerics", "modules", "graph", "formats", "stream.provenance"},
-    "evaluation": {"numerics", "modules", "graph", "formats", "runtime", "data"},
+    "runtime": {"numerics", "kernels", "modules", "graph", "formats", "stream.provenance"},
+    "evaluation": {"numerics", "kernels", "modules", "graph", "formats", "runtime", "data"},
     "api": {EVERYTHING},
     "prepare": {EVERYTHING},
+    "budget": {EVERYTHING},
     "importing": {EVERYTHING},
     "cli": {EVERYTHING},
     "arguments": {EVERYTHING},
@@ -134,7 +135,7 @@ def test_sources_obey_the_table() -> None:
         ("numerics/x.py", "import math\nimport torch.nn\nfrom .spec import Int\nfrom __future__ import annotations", 0),
         ("numerics/x.py", "import numpy", 1),
         ("numerics/x.py", "def f():\n    from ..modules import y", 1),
-        ("methods/x.py", "from ..graph.anatomy import Site\nfrom .base import Stats", 0),
+        ("methods/x.py", "from ..graph.anatomy import Site\nfrom .views import Stats", 0),
         ("methods/x.py", "from ..graph import anatomy", 0),
         ("methods/x.py", "from ..graph import Anything", 1),
         ("methods/x.py", "from ..stream.shards import a", 1),

@@ -16,11 +16,11 @@ from lowbit import recipes
 from lowbit.formats import native
 from lowbit.formats.files import read_shard, shard_header
 from lowbit.methods.awq import AWQClip
-from lowbit.methods.base import Stats
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.imatrix import Imatrix, fit_kquant
 from lowbit.methods.mse import MSEClip
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.views import Stats
 from lowbit.numerics import kquant as k
 from lowbit.numerics.grid import Grid, fit_range
 from lowbit.numerics.qtensor import QTensor

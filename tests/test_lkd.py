@@ -16,11 +16,11 @@ from views import Linears
 
 import lowbit
 from lowbit.graph.anatomy import BlockAnatomy, Tap
-from lowbit.methods.base import BlockView, Stats
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.lkd import LKD, ZQGlobal, ZQLocal, _Distillation
 from lowbit.methods.mse import MSEClip
 from lowbit.methods.rtn import RTN, MinMaxClip
+from lowbit.methods.views import BlockView, Stats
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.latent import Latent
 from lowbit.numerics.qtensor import QTensor

@@ -17,8 +17,8 @@ from torch import Tensor
 import lowbit
 from lowbit.api import Request, prepare
 from lowbit.formats import compressed_tensors, native
-from lowbit.methods.base import Stats
 from lowbit.methods.lorc import LoRC
+from lowbit.methods.views import Stats
 from lowbit.modules.linear import QLinear
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.qtensor import LowRank, QLayer, QTensor, QWeight

@@ -17,13 +17,18 @@ from lowbit.numerics.maps import (
     Hadamard,
     Kronecker,
     Map,
+    PermutedKronecker,
+    Rescaled,
+    SignedHadamard,
     around_mean,
     hadamard_or_orthogonal,
+    incoherent,
     kronecker_sizes,
     map_from,
     mean_preserving,
     random_hadamard,
     random_orthogonal,
+    signs,
 )
 
 ORDERS = [1, 2, 4, 12, 20, 24, 28, 36, 44, 52, 60, 76, 104, 108, 140, 148, 224, 344]
@@ -94,6 +99,25 @@ def test_products_of_paley_orders() -> None:
 
 # --- maps -------------------------------------------------------------------------------------------------------------
 
+
+def permuted_kronecker(first: int, second: int, seed: int) -> Tensor:
+    """QuIP's map entry by entry, from the same draws."""
+    n, generator = first * second, torch.Generator().manual_seed(seed)
+    before, behind = torch.randperm(n, generator=generator).tolist(), torch.randperm(n, generator=generator).tolist()
+    left, right = random_orthogonal(first, generator), random_orthogonal(second, generator)
+    dense = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(n):
+            (a, b), (c, d) = divmod(i, second), divmod(behind[j], second)
+            dense[before[i], j] = left[a, c] * right[b, d]
+    return dense
+
+
+def signed_hadamard(n: int, seed: int) -> Tensor:
+    return torch.diag(signs(n, seed).double()) @ hadamard(n).double() * n**-0.5
+
+
+SCALE = gaussian(24, seed=5).exp().half()
 LEFT, RIGHT, EYE = gaussian(6, 6), gaussian(8, 8, seed=1), torch.eye(4, dtype=torch.float64)
 MAPS: dict[str, tuple[Map, Tensor]] = {
     "H12": (Hadamard(12), hadamard(12).double() * 12**-0.5),
@@ -104,6 +128,17 @@ MAPS: dict[str, tuple[Map, Tensor]] = {
     "kron": (Kronecker(LEFT, RIGHT, (6, 8)), torch.kron(LEFT, RIGHT)),
     "left": (Kronecker(LEFT, None, (6, 4)), torch.kron(LEFT, EYE)),
     "right": (Kronecker(None, RIGHT, (4, 8)), torch.kron(EYE, RIGHT)),
+    "permuted": (PermutedKronecker(24, 7), permuted_kronecker(4, 6, 7)),
+    "permuted back": (PermutedKronecker(24, 7, back=True), permuted_kronecker(4, 6, 7).T),
+    "permuted prime": (PermutedKronecker(13, 7), permuted_kronecker(1, 13, 7)),
+    "signed": (SignedHadamard(24, 2**40), signed_hadamard(24, 2**40)),
+    "signed back": (SignedHadamard(24, 3).inverse, signed_hadamard(24, 3).T),
+    "signed 1792": (SignedHadamard(1792, 1, back=True), signed_hadamard(1792, 1).T),
+    "rescaled": (Rescaled(SCALE, SignedHadamard(24, 3)), torch.diag(SCALE.double()) @ signed_hadamard(24, 3)),
+    "rescaled kron": (
+        Rescaled(SCALE, Kronecker(LEFT, None, (6, 4))),
+        torch.diag(SCALE.double()) @ torch.kron(LEFT, EYE),
+    ),
     "identity": (Kronecker(None, None, (3, 4)), torch.eye(12, dtype=torch.float64)),
 }
 
@@ -140,7 +175,28 @@ def test_maps_are_written_and_read(name: str) -> None:
     assert torch.equal(fast.to("cpu").apply(x), fast.apply(x))
 
 
+@pytest.mark.parametrize("width", [1, 13, 24, 60, 96])
+@pytest.mark.parametrize("fast", [False, True])
+def test_incoherent_maps_are_orthogonal_and_come_from_a_seed(width: int, fast: bool) -> None:
+    drawn = incoherent(width, 5, fast=fast)
+    assert isinstance(drawn, SignedHadamard if fast and has_hadamard(width) else PermutedKronecker)
+    assert drawn.tensors() == {} and drawn == incoherent(width, 5, fast=fast)
+    assert_orthogonal(drawn.matrix())
+    x = gaussian(3, width, dtype=torch.float32)
+    assert (drawn.inverse.apply(drawn.apply(x)) - x).abs().max() < 1e-5
+    assert width == 1 or not torch.equal(drawn.matrix(), incoherent(width, 6, fast=fast).matrix())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_incoherent_maps_spread_every_feature(fast: bool) -> None:
+    """No entry stands out: the largest of n² is a few times the 1/√n of a Hadamard matrix."""
+    entries = incoherent(576, 0, fast=fast).matrix().abs() * 24
+    assert entries.max() < (1.0001 if fast else 15) and abs(float(entries.square().mean()) - 1) < 1e-9
+
+
 def test_an_unknown_map_is_refused() -> None:
+    with pytest.raises(ValueError, match="order 6;"):
+        SignedHadamard(6, 0)
     with pytest.raises(ValueError, match="'spiral' is no map"):
         map_from({"kind": "spiral"}, {})
 

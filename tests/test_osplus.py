@@ -14,8 +14,8 @@ from torch import Tensor
 
 import lowbit
 from lowbit.graph.anatomy import Edge, Norm, Rows, Site
-from lowbit.methods.base import Fold, to_readers, to_source
 from lowbit.methods.osplus import OSPlus
+from lowbit.methods.views import Fold, to_readers, to_source
 from lowbit.modules.linear import quantize_activation
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.spec import Int, Spec, per_channel, per_token

@@ -66,11 +66,11 @@ def weights(bits: int, group: int = -1, rule: Rule = "symmetric", scale: ScaleDt
 
 def test_registry() -> None:
     assert {*TRANSFORMS} == {"quarot", "spinquant", "smoothquant", "awq", "osplus"}
-    assert {*CLIPS} == {"minmax", "mse", "awqclip", "imatrix"}
+    assert {*CLIPS} == {"minmax", "mse", "awqclip", "imatrix", "hqq", "dgq", "adadim"}
     assert {*ROUNDS} == {"rtn", "gptq", "gptaq"}
     before = {name for name, kind in RECONSTRUCTS.items() if not kind.after}
     assert before == {"omniquant", "affinequant", "flatquant"}
-    assert {*RECONSTRUCTS} - before == {"signround", "tesseraq", "lkd", "zqglobal", "zqlocal"}
+    assert {*RECONSTRUCTS} - before == {"signround", "tesseraq", "lkd", "zqglobal", "zqlocal", "normtweak"}
     assert {*CORRECTS} == {"lorc"}
 
 
@@ -171,13 +171,15 @@ def test_names_mean_these_objects(name: str) -> None:
 
 
 KNOWN = (
-    "(known: quarot, spinquant, smoothquant, awq, osplus, minmax, mse, awqclip, imatrix, flatquant, omniquant, "
-    "affinequant, rtn, gptq, gptaq, signround, tesseraq, lkd, zqglobal, zqlocal, lorc)"
+    "(known: quarot, spinquant, smoothquant, awq, osplus, minmax, mse, awqclip, imatrix, hqq, dgq, adadim, flatquant, "
+    "omniquant, affinequant, pbllm, billm, dbllm, magnitude, wanda, sparsegpt, spqr, quik, llmint8, owq, quip, "
+    "quipsharp, rtn, gptq, gptaq, signround, tesseraq, lkd, zqglobal, zqlocal, normtweak, lorc)"
 )
 ORDER = (
-    "transforms come first, then the clip, what is trained before rounding, rounding, what is trained after it, "
-    "corrections: "
+    "transforms come first, then the clip, what is trained before rounding, what weights are made of, rounding, what "
+    "is trained after it, corrections: "
 )
+OPEN = "it leaves the bits of weights open: add --bits or --size, or write for instance w4 in front"
 START = (
     "a scheme begins with w1 to w8, w16, wfp8, wfp6, wfp4, fp8, nf4, q2k, q3k, q4k, q5k, q6k, nvfp4, mxfp4, mxfp6, "
     "mxfp8 or mxint8 in this version"
@@ -187,12 +189,8 @@ OPTIONS = "(known: -gGROUP, -kvgGROUP, -kivi, -asym, -pow2, -m2, -double, -row, 
 
 REFUSED_NAMES = {
     # the design's examples that belong to later versions
-    "quip-w2a16": f"unknown method 'quip' {KNOWN}",
-    "pbllm-1.7": f"unknown method 'pbllm' {KNOWN}",
-    "wanda50": f"unknown method 'wanda50' {KNOWN}",
-    "sparsegpt2:4+gptq-w4a16-g128": f"unknown method 'sparsegpt2:4' {KNOWN}",
-    "gptq-g128": f"cannot read 'g128': {START}",
-    "papers/gptq": f"unknown method 'papers/gptq' {KNOWN}",
+    "gptq-g128": OPEN,
+    "papers/gptq": f"unknown method 'papers/gptq', did you mean 'sparsegpt'? {KNOWN}",
     "rtn-w4a16-head8": f"unknown option '-head8' {OPTIONS}",
     # methods
     "gtpq-w4a16": f"unknown method 'gtpq', did you mean 'gptq'? {KNOWN}",
@@ -216,7 +214,7 @@ REFUSED_NAMES = {
     "rtn-w16": "16-bit weights and 16-bit activations leave nothing to quantize",
     "rtn-fp8a8": "fp8 means FP8 activations, or none as fp8a16: for others write wfp8a8",
     "rtn-w4a16x": f"cannot read 'x' in 'w4a16x': {AFTER}",
-    "rtn-a8": f"cannot read 'a8': {START}",
+    "rtn-a8": OPEN,
     # options
     "rtn-w4-assym": f"unknown option '-assym', did you mean '-asym'? {OPTIONS}",
     "rtn-w4-g": f"unknown option '-g' {OPTIONS}",
@@ -278,7 +276,7 @@ def test_documents_round_trip() -> None:
 
 
 RULES: tuple[Rule, ...] = get_args(Rule)
-SCALES: tuple[ScaleDtype, ...] = tuple(scale for scale in get_args(ScaleDtype) if scale not in MINIMA)
+SCALES: tuple[ScaleDtype, ...] = tuple(scale for scale in get_args(ScaleDtype) if scale not in (*MINIMA, "integer"))
 
 
 def specs() -> Iterator[tuple[Spec, Spec]]:
@@ -333,7 +331,7 @@ def test_document_layout() -> None:
         "    activations: null\n"
         "  - {pattern: x, weights: null, activations: null}\n"
         "transforms:\n"
-        "- smoothquant: {alpha: 0.8, all_edges: false}\n"
+        "- smoothquant: {alpha: 0.8, all_edges: false, down_part: 0.0}\n"
         "clip:\n"
         "  mse: {grid: 100, maxshrink: 0.8, norm: 2.4}\n"
         "round:\n"
@@ -376,8 +374,8 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     ({}, "the scheme is missing: add for instance scheme: {weights: {format: int4, group: 128}}"),
     (
         {"sheme": W4},
-        "unknown key 'sheme', did you mean 'scheme'? (known: name, scheme, transforms, clip, round, reconstruct, "
-        "correct, calibration)",
+        "unknown key 'sheme', did you mean 'scheme'? (known: name, scheme, transforms, clip, encode, round, "
+        "reconstruct, correct, calibration)",
     ),
     ({"scheme": W4, "name": 4}, "name: input should be a valid string, not 4"),
     ({"scheme": {}}, "scheme: nothing is quantized, give weights, activations or kv a format"),
@@ -400,12 +398,12 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
         {"scheme": {"weights": {"format": "fp8-e4m4"}}},
         "scheme.weights.format: unknown format 'fp8-e4m4', did you mean 'fp8-e4m3'? (known: int1, int2, int3, int4, "
         "int5, int6, int7, int8, fp8-e4m3, fp8-e5m2, "
-        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4)",
+        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4, bf16)",
     ),
     (
         {"scheme": {"weights": {"format": "int4", "scale": "fp32"}}},
         "scheme.weights.scale: unknown scale type 'fp32' (known: half, float32, bfloat16, float16, e8m0, e8m0-rceil, "
-        "e8m0-ceil, e8m0-even, e4m3, m2, m2-ceil, double, float16-min, kquant)",
+        "e8m0-ceil, e8m0-even, e4m3, m2, m2-ceil, double, float16-min, kquant, integer, bilevel)",
     ),
     (
         {"scheme": {"weights": {"format": "fp8-e4m3", "rule": "symmetric"}}},
@@ -452,7 +450,7 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
         {"scheme": {**W4, "overrides": [{"pattern": "x"}, {"pattern": "y", "weights": {"format": "int44"}}]}},
         "scheme.overrides[1].weights.format: unknown format 'int44', did you mean 'int4'? (known: int1, int2, int3, "
         "int4, int5, int6, int7, int8, fp8-e4m3, fp8-e5m2, "
-        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4)",
+        "fp6-e3m2, fp6-e2m3, fp4-e2m1, fp4-e3m0, nf4, bf16)",
     ),
     (
         {"scheme": W4, "round": {"gptq": {"dampp": 1}}},
@@ -486,7 +484,7 @@ REFUSED_DOCUMENTS: list[tuple[Any, str]] = [
     ({"scheme": W4, "transforms": ["awq", {"awq": {}}]}, "transforms[1]: awq is listed twice, once is enough"),
     (
         {"scheme": W4, "transforms": ["awq", {"smoothquant": {"alfa": 1}}]},
-        "unknown setting 'transforms[1].smoothquant.alfa', did you mean 'alpha'? (known: alpha, all_edges)",
+        "unknown setting 'transforms[1].smoothquant.alfa', did you mean 'alpha'? (known: alpha, all_edges, down_part)",
     ),
     ({"scheme": W4, "calibration": {"samples": 0}}, "calibration: at least one sample is needed, not 0"),
     ({"scheme": W4, "calibration": {"length": 1}}, "calibration: a sample has at least two tokens, not 1"),
@@ -598,7 +596,7 @@ def test_settings_apply_in_order_and_reach_the_calibration() -> None:
 GPTQ_SETTINGS = (
     "awqclip.grid, awqclip.maxshrink, gptq.damp, gptq.act_order, gptq.groups, gptq.true_sequential, gptq.block"
 )
-DOCUMENT_KEYS = "name, scheme, transforms, clip, round, reconstruct, correct, calibration"
+DOCUMENT_KEYS = "name, scheme, transforms, clip, encode, round, reconstruct, correct, calibration"
 REFUSED_SETTINGS = {
     "gptq.damp": "write SETTING=VALUE, as in gptq.damp=0.05",
     "=3": "write SETTING=VALUE, as in gptq.damp=0.05",
@@ -729,7 +727,7 @@ def test_docs_show_what_is_printed() -> None:
 def test_docs_commands_are_understood(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    for flag in ("--recipe", "--output"):
+    for flag in ("--recipe", "--output", "--bits", "--size", "--target"):
         parser.add_argument(flag)
     for flag in ("--set", "--override", "--ignore"):
         parser.add_argument(flag, action="append", default=[])
@@ -738,8 +736,10 @@ def test_docs_commands_are_understood(tmp_path: Path) -> None:
     for command in commands:
         given = parser.parse_args(shlex.split(command))
         if given.recipe != "my-recipe.yaml":
-            changed = resolve(given.recipe, settings=given.set, overrides=given.override, ignore=given.ignore)
-            assert (changed != resolve(given.recipe)) == bool(given.set or given.override or given.ignore)
+            width = 3 if given.bits or given.size else None
+            options = {"settings": given.set, "overrides": given.override, "ignore": given.ignore}
+            changed = resolve(given.recipe, **options, width=width)
+            assert (changed != resolve(given.recipe, width=width)) == any(options.values())
 
 
 def test_docs_name_every_word() -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from views import Linears
 
 import lowbit
-from lowbit.methods.base import Stats
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import MinMaxClip
 from lowbit.methods.signround import SignRound, _Rounding, _rounds_to
+from lowbit.methods.views import Stats
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.spec import E2M1, Int, Spec, per_channel, per_group
 

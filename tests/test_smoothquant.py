@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lowbit.graph.anatomy import Edge, Norm, Rows, Site
-from lowbit.methods.base import EdgeView
 from lowbit.methods.smoothquant import SmoothQuant
+from lowbit.methods.views import EdgeView
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.spec import Int, Spec, per_channel, per_token
 
@@ -164,3 +164,22 @@ def test_grouped_queries_share_a_scale() -> None:
 def test_a_strength_beyond_the_ends_is_refused(alpha: float) -> None:
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
         SmoothQuant(alpha)
+
+
+@pytest.mark.parametrize(("part", "count"), [(0.005, 1), (0.1, 3), (1.0, 32)])
+def test_in_front_of_down_projections_the_loudest_channels_alone_are_smoothed(part: float, count: int) -> None:
+    """DGQ's choice: the formula's scale where inputs are largest, and nothing elsewhere."""
+    x, w = inputs(), torch.randn(6, 32)
+    rows = Linears(x, [w], Rows(Site("up", (32, 8))))
+    assert SmoothQuant(down_part=part).fold(rows) is None  # values in front of the attention's output
+    rows.edge = replace(rows.edge, kind="up")
+    assert SmoothQuant().fold(rows) is None
+    fold = SmoothQuant(down_part=part).fold(rows)
+    everywhere, loudest = smooth(Linears(x, [w])), sorted(range(32), key=lambda j: -float(x[:, j].abs().max()))
+    assert fold is not None
+    for place, j in enumerate(loudest):
+        assert float(fold.scale[j]) == (float(everywhere[j]) if place < count else 1.0)
+    behind = SmoothQuant(down_part=part).fold(Linears(x, [w]))
+    assert behind is not None and torch.equal(behind.scale, everywhere)
+    with pytest.raises(ValueError, match="down_part must be between 0 and 1"):
+        SmoothQuant(down_part=1.5)

@@ -19,9 +19,9 @@ from lowbit.graph.anatomy import Anatomy, Site, Tap
 from lowbit.graph.discover import discover
 from lowbit.graph.skeleton import unfuse_experts
 from lowbit.methods import GPTQ, LoRC, MinMaxClip
-from lowbit.methods.base import Stats
 from lowbit.methods.recipe import Recipe
 from lowbit.methods.scheme import Override, Scheme
+from lowbit.methods.views import Stats
 from lowbit.modules.linear import QLinear, install
 from lowbit.numerics.qtensor import QLayer
 from lowbit.numerics.spec import Int, per_group, per_token

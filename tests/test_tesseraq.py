@@ -12,10 +12,10 @@ from torch import Tensor
 from views import Linears
 
 import lowbit
-from lowbit.methods.base import Stats
 from lowbit.methods.gptq import GPTQ
 from lowbit.methods.rtn import MinMaxClip
 from lowbit.methods.tesseraq import SCHEDULE, TesseraQ, _Rounding, neighbours, rectified
+from lowbit.methods.views import Stats
 from lowbit.numerics.grid import fit_range, to_levels
 from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.spec import E2M1, E4M3, NF4, Int, Number, Spec, mx, nvfp4, per_channel, per_group, per_tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.graph.anatomy import BlockAnatomy, Site, Tap
-from lowbit.methods.base import Stats
+from lowbit.methods.views import Stats
 from lowbit.modules.linear import quantize_activation
 from lowbit.numerics.grid import Grid, fit_range
 from lowbit.numerics.maps import Map
