@@ -3,7 +3,8 @@
     python benchmarks/methods.py MODEL --calibration calib.txt --texts wiki=test.txt:256 books=books.txt:128 \\
         --recipes rtn-w4a4 quarot+gptq-w4a4kv4 … --jobs 8 --json rows.jsonl
 
-Without `--recipes` it is the whole grid of METHODS by SCHEMES, each with plain rounding and with GPTQ. Calibration is
+Without `--recipes` it is the whole grid of METHODS by SCHEMES, each with plain rounding and with GPTQ; with `--study
+llama3` it is Table 1 of the low-bit LLaMA3 study, printed as the paper prints it. Calibration is
 128 windows of 512 tokens (seed 0); perplexity is fp32 on windows of 512 that do not overlap. Every row is a process of
 its own, spread over the GPUs there are; what the plan refuses, and what takes longer than `--limit`, is a row that says
 so. Rows already in the file of `--json` are not run again.
@@ -35,7 +36,8 @@ model, recipe, output, calibration, texts, settings = json.loads(sys.argv[1])
 began = time.perf_counter()
 run = lowbit.quantize(model, recipe, output, calibration=calibration, samples=128, length=512, settings=settings)
 seconds = time.perf_counter() - began
-row = {"seconds": seconds, "bits": run.bits_per_weight, "blocks": sum(b["seconds"] for b in run.blocks)}
+blocks = sum(block["seconds"] for block in run.blocks)
+row = {"seconds": seconds, "bits": run.bits_per_weight, "paper_bits": run.paper_bits, "blocks": blocks}
 for name, (file, limit) in texts.items():
     report = lowbit.evaluate(output, perplexity=[file], window=512, limit=limit)
     row[name] = report.perplexity[file].perplexity
@@ -52,6 +54,16 @@ def grid() -> list[str]:
     return [f"{name}-{scheme}" for scheme in SCHEMES for name in rounded] + caches + floats
 
 
+def study(name: str) -> list[str]:
+    """The recipes of a study, in its order."""
+    from lowbit.recipes.papers import PAPERS, PREFIX
+
+    found = [f"{PREFIX}{paper}" for paper in PAPERS if paper.startswith(f"{name}/")]
+    if not found:
+        raise SystemExit(f"no recipe is called papers/{name}/…: `lowbit recipes` lists them")
+    return found
+
+
 def main() -> None:
     """Run the rows that are missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,6 +71,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE:WINDOWS")
     parser.add_argument("--recipes", nargs="+", default=None)
+    parser.add_argument("--study", help="the recipes papers/STUDY/…, for instance llama3")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="of methods that a recipe has")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=0, help="spread the jobs over this many GPUs")
@@ -66,7 +79,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
     done = dict(finished(arguments.json))
-    missing = [recipe for recipe in arguments.recipes or grid() if recipe not in done]
+    recipes = study(arguments.study) if arguments.study else arguments.recipes or grid()
+    missing = [recipe for recipe in recipes if recipe not in done]
     lock, places = threading.Lock(), SimpleQueue[int]()
     for job in range(arguments.jobs):
         places.put(job)
@@ -84,7 +98,11 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(work, missing))
-    print_table([text.partition("=")[0] for text in arguments.texts], done)
+    texts = [text.partition("=")[0] for text in arguments.texts]
+    if arguments.study:
+        print_study(texts, {recipe: done[recipe] for recipe in recipes})
+    else:
+        print_table(texts, done)
 
 
 def finished(file: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -126,14 +144,33 @@ def measure(arguments: argparse.Namespace, recipe: str, gpu: int | None) -> dict
 
 def print_table(texts: list[str], rows: dict[str, dict[str, Any]]) -> None:
     """Markdown, in the order in which rows were asked for."""
-    print(f"| recipe | bits | {' | '.join(texts)} | seconds |")
-    print("|---|---|" + "---|" * (len(texts) + 1))
+    print(f"| recipe | bits, paper | bits, file | {' | '.join(texts)} | seconds |")
+    print("|---|---|---|" + "---|" * (len(texts) + 1))
     for recipe, row in rows.items():
         if "failed" in row:
-            print(f"| {recipe} | | {row['failed']} |{' |' * len(texts)}")
+            print(f"| {recipe} | | | {row['failed']} |{' |' * len(texts)}")
         else:
             found = " | ".join(f"{row[text]:.3f}" for text in texts)
-            print(f"| {recipe} | {row['bits']:.3f} | {found} | {row['seconds']:.0f} |")
+            print(f"| {recipe} | {row['paper_bits']:.2f} | {row['bits']:.3f} | {found} | {row['seconds']:.0f} |")
+
+
+def print_study(texts: list[str], rows: dict[str, dict[str, Any]]) -> None:
+    """Markdown with a row's method, bits of weights and inputs and group, as papers print tables."""
+    from lowbit.recipes import resolve
+
+    print(f"| method | #W | #A | #G | {' | '.join(texts)} | bits, paper | bits, file | seconds |")
+    print("|---|---|---|---|" + "---|" * (len(texts) + 3))
+    for name, row in rows.items():
+        scheme = resolve(name).recipe.scheme
+        method, _, _ = name.rpartition("/")[2].partition("-")
+        inputs = 16 if scheme.activations is None else scheme.activations.bits
+        group = scheme.weights.group if scheme.weights is not None and scheme.weights.group > 0 else "-"
+        if "failed" in row:
+            print(f"| {method} | | {inputs} | {group} | {row['failed']} |" + " |" * (len(texts) + 2))
+            continue
+        found = " | ".join(f"{row[text]:.2f}" for text in texts)
+        counted = f"{row['paper_bits']:.2f} | {row['bits']:.2f} | {row['seconds']:.0f}"
+        print(f"| {method} | {row['paper_bits']:.3g} | {inputs} | {group} | {found} | {counted} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Seconds a Llama-3-8B-shaped block on one GPU, GPTQ and AWQ W4 g128, lowbit against llm-compressor in one call.
+
+    python benchmarks/peer_blocks.py --peer-python PEER/bin/python [--methods gptq awq] [--samples 128] [--length 2048]
+
+Both quantize random models of one block and of three on the same random tokens; a block is half the difference, so
+that loading, writing and the start of CUDA do not count for either. Each run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from block_training import LLAMA_8B
+from memory import make_model
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+RECIPES = {"gptq": "gptq-w4a16-g128", "awq": "awq-w4a16-g128"}
+OURS = """
+import json, sys, time, torch, lowbit
+from safetensors.torch import load_file
+recipe, model, tokens, output = sys.argv[1:]
+torch.ones(1, device="cuda")
+began = time.perf_counter()
+lowbit.quantize(model, recipe, output, calibration=list(load_file(tokens)["calibration"]))
+print(json.dumps({"seconds": time.perf_counter() - began, "peak": torch.cuda.max_memory_allocated()}))
+"""
+
+
+def main() -> None:
+    """Make both models, run both tools by every method, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--tokenizer", default="demo", help="model whose tokenizer the random models borrow")
+    arguments = parser.parse_args()
+    print("| method | tool | seconds a block | of | peak GPU memory |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        models = {
+            blocks: str(make_model(Path(scratch) / f"{blocks}", arguments.tokenizer, shape(blocks)))
+            for blocks in (1, 3)
+        }
+        tokens = f"{scratch}/tokens.safetensors"
+        ids = torch.randint(0, LLAMA_8B["vocab_size"], (arguments.samples, arguments.length))
+        save_file({"calibration": ids}, tokens)
+        for method in arguments.methods:
+            ours = [sys.executable, "-c", OURS, RECIPES[method]]
+            peer = [arguments.peer_python, str(HERE / "peers" / "llmcompressor_blocks.py"), method]
+            medians = []
+            for tool, command in (("lowbit", ours), ("llm-compressor", peer)):
+                runs = [difference(command, models, tokens, scratch) for _ in range(arguments.rounds)]
+                seconds = [run["seconds"] for run in runs]
+                medians.append(statistics.median(seconds))
+                peak = max(run["peak"] for run in runs) / 2**30
+                listed = ", ".join(f"{each:.2f}" for each in seconds)
+                print(f"| {method} | {tool} | {medians[-1]:.2f} | {listed} | {peak:.1f} GiB |", flush=True)
+            print(f"| {method} | | {medians[1] / medians[0]:.2f} times as long | | |", flush=True)
+
+
+def shape(blocks: int) -> dict[str, Any]:
+    """A model of so many blocks."""
+    return {**LLAMA_8B, "num_hidden_layers": blocks}
+
+
+def difference(command: list[str], models: dict[int, str], tokens: str, scratch: str) -> dict[str, float]:
+    """Seconds of a block, and the peak of the larger run."""
+    found = {}
+    for blocks, model in models.items():
+        with tempfile.TemporaryDirectory(dir=scratch) as output:
+            done = subprocess.run(
+                [*command, model, tokens, f"{output}/out"], stdout=subprocess.PIPE, text=True, check=True
+            )
+        found[blocks] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"seconds": (found[3]["seconds"] - found[1]["seconds"]) / 2, "peak": found[3]["peak"]}
+
+
+if __name__ == "__main__":
+    main()
