@@ -1,10 +1,11 @@
-"""W4 g128 on this CPU, lowbit against a peer on the same calibration tokens, one after the other.
+"""W4 on this CPU, lowbit against a peer on the same calibration tokens, one after the other.
 
     python benchmarks/peer_speed.py gptq MODEL --calibration calib.txt --text test.txt --peer-python PEER/bin/python
 
-`gptq` is GPTQ against llm-compressor, `signround` learned rounding of 200 iterations against auto-round. Both get the
-same token windows. Seconds count quantization alone (lowbit: anatomy, streaming and writing included; the peer: its
-call on a loaded model). Each runs in a process of its own, `--rounds` times in turn; the table shows medians.
+`gptq` is GPTQ against llm-compressor, `signround` learned rounding of 200 iterations against auto-round, `hqq` HQQ (in
+groups of 64) against its authors' package. Both get the same token windows. Seconds count quantization alone (lowbit:
+anatomy, streaming and writing included; the peer: its call on a loaded model). Each runs in a process of its own,
+`--rounds` times in turn; the table shows medians.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ HERE = Path(__file__).parent
 PAIRS = {
     "gptq": ("gptq-w4a16-g128", "llm-compressor", "llmcompressor_gptq.py"),
     "signround": ("signround-w4a16-g128", "auto-round", "autoround_signround.py"),
+    "hqq": ("hqq-w4a16-g64", "hqq", "hqq_quantize.py"),
 }
 """lowbit's recipe, the peer, and its script."""
 OURS = """
