@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit import recipes
-from lowbit.formats.base import INSTEAD, Format, modules, narrowed
+from lowbit.formats.base import INSTEAD, Format, modules, narrowed, refuse_encoded
 from lowbit.numerics.kv import KV
 from lowbit.numerics.spec import E4M3, Spec, per_block
 
@@ -41,10 +41,14 @@ class Feature:
     corrected: bool = False
     kv: KV | None = None
 
-    def refusal(self, form: Format) -> str | None:
-        """Why the format cannot carry it, or None."""
-        scheme = recipes.resolve(self.recipe).recipe.scheme
+    def refusal(self, name: str, form: Format) -> str | None:
+        """Why the format of this name cannot carry it, or None."""
+        recipe = recipes.resolve(self.recipe).recipe
+        scheme, encode = recipe.scheme, recipe.encode
         reason = form.refuse_whole(kv=self.kv or scheme.kv, corrected=self.corrected)
+        if reason is None and encode is not None:
+            reason = refuse_encoded(name, form, encode.name)
+            reason = reason and reason.replace(name, "the format").replace(encode.name, "the method")
         if reason is not None:
             return reason
         weights, inputs = self.formats or (scheme.weights, scheme.activations)
@@ -83,6 +87,13 @@ SECTIONS: dict[str, list[Feature]] = {
         *named("w4a16kv8-g128", "w4a16kv4-g128"),
         Feature("E4M3 cache with one calibrated range", kv=KV(8, 8, layout="tensor", rule="e4m3")),
     ],
+    "what weights are made of": [
+        Feature("pruned, in 16 bits (`wanda50`, `sparsegpt2:4`)", "wanda50"),
+        Feature("pruned, with codes (`wanda50+gptq-w4a16-g128`)", "wanda50+gptq-w4a16-g128"),
+        Feature("some entries or channels in 16 bits (`spqr`, `owq`, `quik`, `llmint8`)", "owq-w4a16-g128"),
+        Feature("one bit here, more there (`pbllm`, `billm`, `dbllm`)", "billm"),
+        Feature("codes behind maps on both sides (`quip`, `quipsharp`)", "quip-w4a16"),
+    ],
     "what methods add": [
         Feature("a low-rank or other correction (`lorc`)", corrected=True),
         Feature("an online map of inputs (`quarot.down=true`, `flatquant`)", mapped=True),
@@ -107,8 +118,8 @@ def render() -> str:
 
 def _cells(feature: Feature, forms: Sequence[tuple[str, Format]], notes: dict[str, int]) -> list[str]:
     found = []
-    for _, form in forms:
-        reason = feature.refusal(form)
+    for name, form in forms:
+        reason = feature.refusal(name, form)
         found.append("yes" if reason is None else f"({notes.setdefault(reason, len(notes) + 1)})")
     return found
 
