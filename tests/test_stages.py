@@ -95,7 +95,7 @@ def in_full(bench: Bench) -> tuple[dict[str, QLayer], list[Tensor]]:
             bench.forward(work.block, batch)
         for hook in hooks:
             hook.remove()
-        fresh = pipeline._rounded(work, stage, stats)
+        fresh = pipeline._rounded(work, stage, stats, seed=0)
         biases = {name: tensor for name, tensor in work.source.items() if name.endswith(".bias")}
         install(work.block, fresh, biases, torch.float32)
         layers |= fresh

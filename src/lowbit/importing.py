@@ -68,8 +68,7 @@ def _write_model(run: RunDirectory, adopted: Adopted, layers: str) -> None:
     """Everything that a finished run directory holds, its index last."""
     from .formats import native
     from .formats.files import write_json, write_shard
-    from .stream.run import NAMES
-    from .stream.sweep import checkpoint_names
+    from .stream.run import NAMES, checkpoint_names
 
     native.write_config(run.path, {key: value for key, value in adopted.config.items() if key not in BESIDE})
     if not run.shard(0).exists():

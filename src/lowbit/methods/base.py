@@ -134,6 +134,12 @@ class Encoded:
     output_map: Map | None = None
     outliers: Outliers | None = None
 
+    def to(self, device: torch.device | str) -> Encoded:
+        """The same on another device."""
+        before, behind = (None if map is None else map.to(device) for map in (self.input_map, self.output_map))
+        outliers = None if self.outliers is None else self.outliers.to(device)
+        return Encoded(self.weight.to(device), before, behind, outliers)
+
 
 @runtime_checkable
 class Encode(Protocol):

@@ -315,19 +315,15 @@ def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats], s
 
 def _encoded(work: BlockWork, site: Site, spec: Spec, stats: Stats | None, scores: bool, seed: int) -> QLayer:
     """What the recipe's Encode makes of one linear; every linear of a model has random numbers of its own."""
-    recipe = work.recipe
+    recipe, trained = work.recipe, work.grids.get(site.name)
     assert recipe.encode is not None
-    trained = work.grids.get(site.name)
     clip = recipe.clip if trained is None else FixedGrid(trained)
     own = (seed * 1_000_003 + zlib.crc32(site.name.encode())) % (1 << 63)
     encoded = recipe.encode.encode(work.weight(site), spec, recipe.round, clip, stats, scores=scores, seed=own)
-    seen = {} if stats is None else {site.name: stats}
-    layer = work.layer(site, encoded.weight.to("cpu"), work.input_grid(site, seen))
-    if encoded.input_map is not None:
-        layer = replace(layer, input_map=encoded.input_map.to("cpu"))
-    output_map = None if encoded.output_map is None else encoded.output_map.to("cpu")
-    outliers = None if encoded.outliers is None else encoded.outliers.to("cpu")
-    return replace(layer, output_map=output_map, outliers=outliers)
+    encoded = encoded.to("cpu")
+    layer = work.layer(site, encoded.weight, work.input_grid(site, {} if stats is None else {site.name: stats}))
+    before = encoded.input_map or layer.input_map
+    return replace(layer, input_map=before, output_map=encoded.output_map, outliers=encoded.outliers)
 
 
 def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
@@ -393,13 +389,4 @@ def _corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str
 def _weight_errors(work: BlockWork, layers: Mapping[str, QLayer]) -> tuple[float, float]:
     """Relative squared error of the block's weights: plainly rounded before any rotation, and as they are."""
     plain = work.unturned()
-    return _weight_error(plain, plain.plain_layers({})), _weight_error(work, layers)
-
-
-def _weight_error(work: BlockWork, layers: Mapping[str, QLayer]) -> float:
-    error, total = 0.0, 1e-30
-    for site, _ in work.quantized():
-        weight = work.weight(site)
-        error += float((layers[site.name].weight.to(weight.device).dequantize() - weight).square().sum())
-        total += float(weight.square().sum())
-    return error / total
+    return plain.weight_error(plain.plain_layers({})), work.weight_error(layers)

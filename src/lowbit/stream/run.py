@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..formats import native
 from ..formats.files import INDEX, read_shard, shard_header, write_index, write_json, write_shard
 from ..numerics.qtensor import QAttention, QLayer
+from .provenance import Piece
 
 PLAN, JOURNAL, NAMES = "plan.json", "journal.jsonl", "names.json"
 SCRATCH = "scratch"
@@ -185,3 +186,26 @@ def first_difference(before: Any, after: Any, path: str = "") -> str | None:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+class Named(Protocol):
+    """A model's parameters and where they lie in a checkpoint: `Checkpoint`, or another tool's model."""
+
+    def names(self, prefix: str = "") -> tuple[str, ...]:
+        """See `Checkpoint`."""
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """See `Checkpoint`."""
+
+
+def checkpoint_names(checkpoint: Named) -> dict[str, list[tuple[str, int, bool]]]:
+    """Parameter -> its pieces' (checkpoint name, rows, transposed), where they are not simply itself."""
+    names = {}
+    for name in checkpoint.names():
+        pieces = [
+            (piece.name, len(piece.columns if piece.transposed else piece.rows), piece.transposed)
+            for piece in checkpoint.pieces(name)
+        ]
+        if len(pieces) > 1 or pieces[0][0] != name or pieces[0][2]:
+            names[name] = pieces
+    return names

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,8 @@ from .learning import WholeModel
 from .memory import gpu_room, release_memory
 from .plan import Plan
 from .prologue import Calls, run_prologue
-from .provenance import Piece
 from .rotation import Turning, unties
-from .run import NAMES, ROTATION, SCRATCH, RunDirectory
+from .run import NAMES, ROTATION, SCRATCH, RunDirectory, checkpoint_names
 from .text import Text
 from .work import BlockWork
 
@@ -237,29 +236,6 @@ class Sweep:
         inside = f"{self.plan.anatomy.layers}."
         names = [n for n in self.checkpoint.names() if not n.startswith(inside) and n not in self.checkpoint.tied]
         return {name: self.checkpoint.streamed(name) for name in names}
-
-
-class Named(Protocol):
-    """A model's parameters and where they lie in a checkpoint: `Checkpoint`, or another tool's model."""
-
-    def names(self, prefix: str = "") -> tuple[str, ...]:
-        """See `Checkpoint`."""
-
-    def pieces(self, name: str) -> tuple[Piece, ...]:
-        """See `Checkpoint`."""
-
-
-def checkpoint_names(checkpoint: Named) -> dict[str, list[tuple[str, int, bool]]]:
-    """Parameter -> its pieces' (checkpoint name, rows, transposed), where they are not simply itself."""
-    names = {}
-    for name in checkpoint.names():
-        pieces = [
-            (piece.name, len(piece.columns if piece.transposed else piece.rows), piece.transposed)
-            for piece in checkpoint.pieces(name)
-        ]
-        if len(pieces) > 1 or pieces[0][0] != name or pieces[0][2]:
-            names[name] = pieces
-    return names
 
 
 def snapshot_path(run: RunDirectory, block: int) -> Path:

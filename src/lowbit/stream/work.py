@@ -218,6 +218,15 @@ class BlockWork:
             layers[site.name] = self.layer(site, weight, inputs.get(site.name))
         return layers
 
+    def weight_error(self, layers: Mapping[str, QLayer]) -> float:
+        """Relative squared error of the quantized weights, all together."""
+        error, total = 0.0, 1e-30
+        for site, _ in self.quantized():
+            weight = self.weight(site)
+            error += float((layers[site.name].weight.to(weight.device).dequantize() - weight).square().sum())
+            total += float(weight.square().sum())
+        return error / total
+
 
 def static_grid(spec: Spec, stats: Stats | None) -> Grid:
     """The calibrated grid of a static per-tensor input format; an input never seen gets the range of a unit.
