@@ -223,6 +223,12 @@ RECIPES = {
 }
 
 
+BEFORE = ["smoothquant", "flatquant"]
+AFTER = ["lorc4"]
+QUICK = {"flatquant": "flatquant.epochs=1", "quipsharp": "quipsharp.sweeps=1"}
+"""What takes long and is tested elsewhere."""
+
+
 def test_every_encode_has_a_recipe_here():
     assert set(RECIPES) == set(ENCODES)
 
@@ -232,7 +238,8 @@ def test_every_encode_has_a_recipe_here():
 def test_every_encode_on_every_kind_of_model(name, family, tmp_path):
     """GQA, experts (some of them starved), biases."""
     model = save_model(family, tmp_path / "model")
-    result = quantize(model, save_text(tmp_path / "text.txt"), RECIPES[name], tmp_path / "run")
+    settings = [QUICK[name]] if name in QUICK else []
+    result = quantize(model, save_text(tmp_path / "text.txt"), RECIPES[name], tmp_path / "run", settings=settings)
     assert all(math.isfinite(block["error_after"]) for block in result.blocks)
     assert 0 < result.paper_bits <= 16 and result.bits_per_weight > 0
     loaded, again = (lowbit.load(tmp_path / "run") for _ in range(2))
@@ -242,17 +249,13 @@ def test_every_encode_on_every_kind_of_model(name, family, tmp_path):
     assert first.isfinite().all() and torch.equal(first, second)
 
 
-BEFORE = ["smoothquant", "quarot", "flatquant"]
-AFTER = ["normtweak", "lorc4"]
-
-
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("method", [*BEFORE, *AFTER])
 def test_every_pairing_runs_or_is_refused_before_a_weight_is_read(name, method, llama, tmp_path):
     head, dash, tail = RECIPES[name].partition("-")
     words = f"{method}+{head}" if method in BEFORE else f"{head}+{method}"
     model, text = llama
-    settings = ["flatquant.epochs=1"] if method == "flatquant" else []
+    settings = [QUICK[word] for word in (method, name) if word in QUICK]
     try:
         result = quantize(model, text, f"{words}{dash}{tail}", tmp_path / "run", settings=settings)
     except ValueError as error:
