@@ -23,6 +23,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from methods import files_of, finished, row_of
+
 from lowbit.prepare import Request, prepare
 from lowbit.recipes import widths
 from lowbit.recipes.grammar import with_width
@@ -60,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     plans = {bits: _plan(arguments.model, with_width(arguments.recipe, bits)) for bits in widths(arguments.recipe)}
     rows = dict(_rows(arguments.recipe, arguments.budgets, arguments.sensitivity, plans))
-    done, lock = dict(_finished(arguments.json)), threading.Lock()
+    done, lock = dict(finished(arguments.json, "row")), threading.Lock()
 
     def work(name: str) -> None:
         row = {"row": name, **_measure(arguments, *rows[name])}
@@ -138,29 +140,13 @@ def _bits(plans: dict[int, Plan], base: int, mixture: Mixture) -> float:
     return 8 * stored / plans[base].quantized_weights
 
 
-def _finished(file: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of an earlier call."""
-    if file is not None and file.exists():
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            yield row["row"], row
-
-
 def _measure(arguments: argparse.Namespace, recipe: str, options: dict[str, Any]) -> dict[str, Any]:
     """Quantize and evaluate in a process of its own."""
-    texts = {}
-    for text in arguments.texts:
-        name, _, rest = text.partition("=")
-        file, _, limit = rest.rpartition(":")
-        texts[name] = (file, int(limit))
+    texts = files_of(arguments.texts)
     with tempfile.TemporaryDirectory() as scratch:
         request = json.dumps([arguments.model, recipe, f"{scratch}/out", arguments.calibration, texts, options])
         done = subprocess.run([sys.executable, "-c", ROW, request], capture_output=True, text=True)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not rows:
-        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-    found: dict[str, Any] = json.loads(rows[-1][4:])
-    return found
+    return row_of(done)
 
 
 def _print_table(texts: list[str], rows: dict[str, dict[str, Any]]) -> None:

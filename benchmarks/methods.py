@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -105,21 +105,17 @@ def main() -> None:
         print_table(texts, done)
 
 
-def finished(file: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of an earlier call."""
+def finished(file: Path | None, key: str = "recipe") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of an earlier call by what they call themselves."""
     if file is not None and file.exists():
         for line in file.read_text().splitlines():
             row = json.loads(line)
-            yield row["recipe"], row
+            yield row[key], row
 
 
 def measure(arguments: argparse.Namespace, recipe: str, gpu: int | None) -> dict[str, Any]:
     """Quantize and evaluate in a process of its own."""
-    texts = {}
-    for text in arguments.texts:
-        name, _, rest = text.partition("=")
-        file, _, limit = rest.rpartition(":")
-        texts[name] = (file, int(limit))
+    texts = files_of(arguments.texts)
     methods = recipe.partition("-")[0].split("+")
     settings = [setting for setting in arguments.settings if setting.split(".")[0] in methods]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
@@ -135,6 +131,21 @@ def measure(arguments: argparse.Namespace, recipe: str, gpu: int | None) -> dict
             )
         except subprocess.TimeoutExpired:
             return {"failed": f"longer than {arguments.limit:.0f} s"}
+    return row_of(done)
+
+
+def files_of(texts: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """NAME=FILE:WINDOWS of the command line -> (file, windows) by name."""
+    files = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        file, _, limit = rest.rpartition(":")
+        files[name] = (file, int(limit))
+    return files
+
+
+def row_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The row that a process printed, or its last words."""
     rows = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
     if not rows:
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}

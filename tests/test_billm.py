@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from binary_oracle import encoded, inverse_factor, loss, nearest, outlier_heavy, swept, two_levels, weight_and_stats
+from stored import loaded_as_stored
 from tiny import save_model, save_text
 
 import lowbit
 from lowbit.data.calibrate import load_calibration
 from lowbit.formats import native
-from lowbit.formats.files import read_shard, shard_header
 from lowbit.methods.billm import CONCENTRATED, SALIENT, TAIL, BiLLM
 from lowbit.methods.views import Stats
 from lowbit.numerics.binary import binary
@@ -237,10 +237,4 @@ def test_whole_runs(tmp_path: Path, family: str) -> None:
     run = lowbit.quantize(model, "billm-w1a16-g32", tmp_path / "run", **options)
     assert run.paper_bits == pytest.approx(1.1)
     assert all(0 < block["error_after"] < 1 for block in run.blocks)
-    loaded, found = lowbit.load(run.path, dtype=torch.float32), 0
-    for file in run.path.glob("*.safetensors"):
-        layers, _ = native.unpack(shard_header(file).metadata, read_shard(file))
-        for name, layer in layers.items():
-            assert torch.equal(loaded.get_submodule(name).weight, layer.weight.dequantize())
-            found += 1
-    assert found
+    loaded_as_stored(run.path)

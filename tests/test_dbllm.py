@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from binary_oracle import encoded, inverse_factor, loss, outlier_heavy, swept, weight_and_stats
+from stored import loaded_as_stored
 from tiny import save_model, save_text
 
 import lowbit
 from lowbit.formats import native
-from lowbit.formats.files import read_shard, shard_header
 from lowbit.methods.dbllm import DBLLM, nearest, solved, start_of, values_of
 from lowbit.numerics.qtensor import QLayer
 from lowbit.numerics.spec import Int, per_group
@@ -207,10 +207,4 @@ def test_whole_runs(tmp_path: Path, family: str) -> None:
     run = lowbit.quantize(model, "dbllm-w2a16-g32", tmp_path / "run", **options)
     assert run.paper_bits == pytest.approx(2)
     assert all(0 < block["error_after"] < block["error_before"] for block in run.blocks)
-    loaded, found = lowbit.load(run.path, dtype=torch.float32), 0
-    for file in run.path.glob("*.safetensors"):
-        layers, _ = native.unpack(shard_header(file).metadata, read_shard(file))
-        for name, layer in layers.items():
-            assert torch.equal(loaded.get_submodule(name).weight, layer.weight.dequantize())
-            found += 1
-    assert found
+    loaded_as_stored(run.path)
