@@ -3,7 +3,8 @@
     python benchmarks/peer_blocks.py --peer-python PEER/bin/python [--methods gptq awq] [--samples 128] [--length 2048]
 
 Both quantize random models of one block and of three on the same random tokens; a block is half the difference, so
-that loading, writing and the start of CUDA do not count for either. Each run is a process of its own.
+that loading, writing and the start of CUDA do not count for either. Each run is a process of its own; the first one of
+each, which compiles kernels and fills the disk's cache, is not counted.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ RECIPES = {"gptq": "gptq-w4a16-g128", "awq": "awq-w4a16-g128"}
 OURS = """
 import json, sys, time, torch, lowbit
 from safetensors.torch import load_file
-recipe, model, tokens, output = sys.argv[1:]
+recipe, limit, model, tokens, output = sys.argv[1:]
 torch.ones(1, device="cuda")
 began = time.perf_counter()
-lowbit.quantize(model, recipe, output, calibration=list(load_file(tokens)["calibration"]))
+rows = list(load_file(tokens)["calibration"])
+lowbit.quantize(model, recipe, output, calibration=rows, gpu_memory=int(limit) << 30 if limit else None)
 print(json.dumps({"seconds": time.perf_counter() - began, "peak": torch.cuda.max_memory_allocated()}))
 """
 
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--gpu-memory", type=int, default=6, help="GiB of lowbit's second row")
     parser.add_argument("--tokenizer", default="demo", help="model whose tokenizer the random models borrow")
     arguments = parser.parse_args()
     print("| method | tool | seconds a block | of | peak GPU memory |\n|---|---|---|---|---|")
@@ -56,16 +59,21 @@ def main() -> None:
         save_file({"calibration": ids}, tokens)
         for method in arguments.methods:
             ours = [sys.executable, "-c", OURS, RECIPES[method]]
-            peer = [arguments.peer_python, str(HERE / "peers" / "llmcompressor_blocks.py"), method]
+            tools = {
+                "lowbit": [*ours, ""],
+                f"lowbit --gpu-memory {arguments.gpu_memory}GiB": [*ours, str(arguments.gpu_memory)],
+                "llm-compressor": [arguments.peer_python, str(HERE / "peers" / "llmcompressor_blocks.py"), method],
+            }
             medians = []
-            for tool, command in (("lowbit", ours), ("llm-compressor", peer)):
+            for tool, command in tools.items():
+                measured(command, models[1], tokens, scratch)
                 runs = [difference(command, models, tokens, scratch) for _ in range(arguments.rounds)]
                 seconds = [run["seconds"] for run in runs]
                 medians.append(statistics.median(seconds))
                 peak = max(run["peak"] for run in runs) / 2**30
                 listed = ", ".join(f"{each:.2f}" for each in seconds)
                 print(f"| {method} | {tool} | {medians[-1]:.2f} | {listed} | {peak:.1f} GiB |", flush=True)
-            print(f"| {method} | | {medians[1] / medians[0]:.2f} times as long | | |", flush=True)
+            print(f"| {method} | | {medians[2] / medians[0]:.2f} times as long | | |", flush=True)
 
 
 def shape(blocks: int) -> dict[str, Any]:
@@ -75,14 +83,16 @@ def shape(blocks: int) -> dict[str, Any]:
 
 def difference(command: list[str], models: dict[int, str], tokens: str, scratch: str) -> dict[str, float]:
     """Seconds of a block, and the peak of the larger run."""
-    found = {}
-    for blocks, model in models.items():
-        with tempfile.TemporaryDirectory(dir=scratch) as output:
-            done = subprocess.run(
-                [*command, model, tokens, f"{output}/out"], stdout=subprocess.PIPE, text=True, check=True
-            )
-        found[blocks] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {"seconds": (found[3]["seconds"] - found[1]["seconds"]) / 2, "peak": found[3]["peak"]}
+    one, three = (measured(command, models[blocks], tokens, scratch) for blocks in (1, 3))
+    return {"seconds": (three["seconds"] - one["seconds"]) / 2, "peak": three["peak"]}
+
+
+def measured(command: list[str], model: str, tokens: str, scratch: str) -> dict[str, float]:
+    """What one run printed of itself: its seconds and its peak of GPU memory in bytes."""
+    with tempfile.TemporaryDirectory(dir=scratch) as output:
+        done = subprocess.run([*command, model, tokens, f"{output}/out"], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 if __name__ == "__main__":

@@ -96,21 +96,20 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Routes tokens [N, D] by expert numbers and weights [N, R]; the sum over routes is taken in at least fp32.
 
-        A token reaches an expert once, so every indexed sum below is free of collisions and the result deterministic.
+        Tokens are sorted by expert once, so an expert works on a slice, and outputs go back to places of their own:
+        nothing is added up in an order that changes from run to run. Numbers beyond the last expert are no routes.
         """
         rule = self.__dict__["rule"]
         activation: Activation = rule._apply_gate if self.projections[0] == "gate_up_proj" else rule.act_fn
         norm = getattr(self, "post_expert_norm", None)
-        total = hidden_states.new_zeros(
-            hidden_states.shape, dtype=torch.promote_types(hidden_states.dtype, torch.float32)
-        )
-        routes = top_k_index.reshape(-1)
-        counts = torch.bincount(routes, minlength=len(self)).tolist()
-        for index, chosen in enumerate(routes.argsort(stable=True).split(counts)[: len(self)]):
-            if not len(chosen):
-                continue
-            token, route = chosen // top_k_index.shape[-1], chosen % top_k_index.shape[-1]
-            output = self[index](hidden_states[token], activation)
-            output = output if norm is None else norm(output)
-            total[token] += (output * top_k_weights[token, route, None]).to(total.dtype)
-        return total.to(hidden_states.dtype)
+        routes, width = top_k_index.reshape(-1), top_k_index.shape[-1]
+        counts = torch.bincount(routes, minlength=len(self)).tolist()[: len(self)]
+        order = routes.argsort(stable=True)[: sum(counts)]
+        if not len(order):
+            return torch.zeros_like(hidden_states)
+        slices = hidden_states[order // width].split(counts)
+        output = torch.cat([self[index](x, activation) for index, x in enumerate(slices) if len(x)])
+        output = (output if norm is None else norm(output)) * top_k_weights.reshape(-1)[order, None]
+        placed = output.new_zeros(len(routes), output.shape[-1], dtype=torch.promote_types(output.dtype, torch.float32))
+        placed[order] = output.to(placed.dtype)
+        return placed.unflatten(0, (-1, width)).sum(1).to(hidden_states.dtype)

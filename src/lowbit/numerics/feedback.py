@@ -47,7 +47,7 @@ def inverse_factor(h: Tensor, damp: float, order: Tensor | None = None, *, attem
     for attempt in range(attempts):
         added = torch.where(diagonal <= 0, 1.0, damp * 10**attempt * diagonal.mean())
         for dtype in (torch.float32, torch.float64):
-            flipped = h[backwards[:, None], backwards].to(dtype)
+            flipped = h[backwards].index_select(1, backwards).to(dtype)  # both at once takes an index for every entry
             flipped.diagonal().add_(added)
             factor: Tensor
             factor, info = torch.linalg.cholesky_ex(flipped)
