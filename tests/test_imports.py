@@ -39,6 +39,7 @@ TABLE: dict[str, set[str]] = {
     "prepare": {EVERYTHING},
     "budget": {EVERYTHING},
     "importing": {EVERYTHING},
+    "launch": {EVERYTHING},
     "cli": {EVERYTHING},
     "arguments": {EVERYTHING},
     "screen": {EVERYTHING},

@@ -25,10 +25,10 @@ from lowbit.methods.views import Stats
 from lowbit.modules.linear import QLinear, install
 from lowbit.numerics.qtensor import QLayer
 from lowbit.numerics.spec import Int, per_group, per_token
-from lowbit.stream import block as pipeline
 from lowbit.stream import run
 from lowbit.stream.block import Outcome, quantize_block
 from lowbit.stream.hidden import HiddenStates
+from lowbit.stream.rounding import rounded
 from lowbit.stream.stages import Layout, Passes, stages
 from lowbit.stream.text import Text
 from lowbit.stream.work import BlockWork
@@ -95,7 +95,7 @@ def in_full(bench: Bench) -> tuple[dict[str, QLayer], list[Tensor]]:
             bench.forward(work.block, batch)
         for hook in hooks:
             hook.remove()
-        fresh = pipeline._rounded(work, stage, stats, seed=0)
+        fresh = rounded(work, stage, stats, seed=0)
         biases = {name: tensor for name, tensor in work.source.items() if name.endswith(".bias")}
         install(work.block, fresh, biases, torch.float32)
         layers |= fresh

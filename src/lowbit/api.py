@@ -5,16 +5,14 @@ Everything heavy is imported inside, so that `lowbit --help` answers at once.
 
 from __future__ import annotations
 
-import os
-import resource
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .prepare import Notice, Request, context_of, device_of, hidden_budget, prepare
+from .prepare import Notice, Request, context_of, device_of, shared
+from .prepare import prepare as prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,46 +53,24 @@ def quantize(model: str | Path, recipe: str | Path | Recipe, output: str | Path,
     """Quantize `model` (directory, hub id or `demo`) by a recipe (name, YAML file or `Recipe`) into a directory.
 
     Options are the other fields of `Request`. A directory that an interrupted run left behind is gone on with; a
-    finished one is left unchanged. Raises ValueError, in one sentence, for a request that cannot be met.
+    finished one is left unchanged. With `gpus` above 1, the processes that are started import the calling script again,
+    which keeps work of its own behind `if __name__ == "__main__"`. Raises ValueError, in one sentence, for a request
+    that cannot be met.
     """
     return run(Request(str(model), str(recipe) if isinstance(recipe, Path) else recipe, str(output), **options))
 
 
 def run(request: Request) -> Quantized:
-    """Carry a request out, from wherever an earlier run of it was interrupted."""
-    from .formats.base import copy_companions, read_config
-    from .formats.native import write_config
-    from .stream.rotation import unties
-    from .stream.run import ALLOCATION, RunDirectory
-    from .stream.sweep import Progress, Sweep
+    """Carry a request out, from wherever an earlier run of it was interrupted, on one GPU or several."""
+    from .launch import carry_out, launch
+    from .stream.lanes import connect, launched
 
     if request.output is None:
         raise ValueError("where to? name a directory with --output")
-    began = time.perf_counter()
-    prepared = prepare(request)
-    directory = RunDirectory(Path(request.output), len(prepared.plan.anatomy.blocks))
-    with directory.opened(prepared.record, restart=request.restart):
-        if prepared.allocation is not None and not (directory.path / ALLOCATION).exists():
-            directory.keep(ALLOCATION, prepared.allocation.to_json())
-        if not directory.complete:
-            source, untied = prepared.checkpoint.path, unties(prepared.plan.anatomy, prepared.plan.recipe)
-            copy_companions(source, directory.path)
-            head = {"tie_word_embeddings": False} if untied else {}
-            write_config(directory.path, {**read_config(source), **head})
-            Sweep(
-                prepared.plan,
-                prepared.skeleton,
-                prepared.checkpoint,
-                directory,
-                prepared.windows,
-                prepared.dtype,
-                prepared.device,
-                hidden_budget(request.memory, prepared.plan),
-                request.gpu_memory,
-                prepared.seed,
-                Progress(request.on_block),
-            ).execute()
-            directory.log({"total": True, "seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory()})
+    lanes, world = shared(request)
+    if world > launched():
+        return launch(request, world)
+    directory, prepared = carry_out(request, connect(lanes, device_of(request.device)))
     return _result(directory, prepared.plan.paper_bits, prepared.allocation)
 
 
@@ -231,15 +207,18 @@ def export(
     output: str | Path,
     *,
     format: str = "compressed-tensors",
+    names: str = "checkpoint",
     verify: str | None = None,
     notice: Notice = lambda _text: None,
 ) -> Exported:
     """Write a finished lowbit directory in another format, from its stored codes; nothing is rounded or fitted again.
 
-    `verify` names a client that reloads the result ("": the format's first); its numbers are compared with lowbit's.
+    `names` are those of the checkpoint that the model came from, or of "transformers"' own tree of modules, by which
+    GPTQModel looks up what transformers merges on load: the experts of a Mixtral. `verify` names a client that reloads
+    the result ("": the format's first); its numbers are compared with lowbit's.
     """
     from .evaluation.size import size_on_disk
-    from .formats.base import check_terms, find
+    from .formats.base import by_modules, check_names, check_terms, find
     from .graph import build_skeleton
     from .runtime.clients import find_client
     from .runtime.load import is_native, plain_config
@@ -251,8 +230,10 @@ def export(
             f"{path} is no directory of lowbit's own: quantize a model first, or `lowbit import` a quantized one"
         )
     check_terms(format, form, path)
+    check_names(names, form)
     client = None if verify is None else find_client(verify or form.CLIENTS[0]).name
-    for text in form.export_directory(path, target, build_skeleton(plain_config(path)), checkpoint_names(path)):
+    named = checkpoint_names(path) if names == "checkpoint" else by_modules(checkpoint_names(path))
+    for text in form.export_directory(path, target, build_skeleton(plain_config(path)), named):
         notice(text)
     verified = None if client is None else _verify(path, target, form, client)
     return Exported(target, format, size_on_disk(target), verified)
@@ -378,9 +359,3 @@ def _count_bits(report: EvaluationReport, source: str | Path, model: PreTrainedM
     if weights:
         report.bits_per_weight = bits_per_weight(stored, weights)
         report.bits_per_parameter = bits_per_parameter(report.size_bytes, parameters)
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024

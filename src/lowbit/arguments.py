@@ -91,7 +91,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> N
     text.add_argument("--samples", type=int, help="windows of text (default 128)")
     text.add_argument("--length", type=int, help="tokens in a window (default 2048, or the model's context)")
     text.add_argument("--seed", type=int, help="of the draw (default 0)")
-    machine = parser.add_argument_group("machine")
+    _add_machine_options(parser.add_argument_group("machine"))
+    _add_model_options(parser)
+
+
+def _add_machine_options(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument("--device", default="auto", help="auto, cpu or cuda")
     machine.add_argument("--dtype", default="auto", help="what blocks compute in: auto, float32, bfloat16, float16")
     machine.add_argument(
@@ -103,7 +107,20 @@ def _add_recipe_options(parser: argparse.ArgumentParser, *, required: bool) -> N
         metavar="24GiB",
         help="budget on a GPU; the least that a block needs goes beyond",
     )
-    _add_model_options(parser)
+    machine.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="share the calibration text and the rounding between N GPUs of this machine (or start N processes by "
+        "torchrun, without this option)",
+    )
+    machine.add_argument(
+        "--lanes",
+        type=int,
+        metavar="N",
+        help="sum statistics in N parts of the text (default: one a GPU); the same lanes give the same bytes on any "
+        "number of GPUs that divides them",
+    )
 
 
 def _add_budget_options(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +212,13 @@ def _add_export(commands: Any) -> None:
         "(TensorRT-LLM), mlx or bitsandbytes; see docs/formats.md",
     )
     parser.add_argument("--output", required=True, metavar="DIR2", help="where the exported model goes")
+    parser.add_argument(
+        "--names",
+        default="checkpoint",
+        metavar="WHOSE",
+        help="of tensors: checkpoint, the original's, which vLLM reads (default), or transformers, its own tree's, by "
+        "which GPTQModel looks experts up (gptq and awq)",
+    )
     parser.add_argument(
         "--verify",
         nargs="?",

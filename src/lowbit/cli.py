@@ -83,6 +83,8 @@ def _request(arguments: argparse.Namespace, **more: Any) -> Any:
         "dtype",
         "memory",
         "gpu_memory",
+        "gpus",
+        "lanes",
         "revision",
         "trust_remote_code",
     )
@@ -100,8 +102,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
     with BlockProgress(_console()) as progress:
         request = _request(arguments, output=arguments.output, restart=arguments.restart, on_block=progress.on_block)
         result = api.run(request)
-    _write_json(arguments.json, result.to_json())
-    print("\n".join(result_lines(result)))
+    if os.environ.get("RANK", "0") == "0":  # of several processes that torchrun started, one speaks
+        _write_json(arguments.json, result.to_json())
+        print("\n".join(result_lines(result)))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -130,7 +133,12 @@ def _export(arguments: argparse.Namespace) -> int:
     from . import api
 
     exported = api.export(
-        arguments.model, arguments.output, format=arguments.format, verify=arguments.verify, notice=_notice
+        arguments.model,
+        arguments.output,
+        format=arguments.format,
+        names=arguments.names,
+        verify=arguments.verify,
+        notice=_notice,
     )
     _write_json(arguments.json, exported.to_json())
     print("\n".join(exported.lines()))

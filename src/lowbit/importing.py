@@ -23,11 +23,11 @@ def import_into(
     source: str | Path, output: Path, *, trust_remote_code: bool, notice: Callable[[str], None]
 ) -> RunDirectory:
     """Write the foreign model `source` to the run directory `output`. Raises ValueError for what cannot be read."""
-    from .api import peak_memory
     from .formats.foreign import is_foreign
     from .formats.native import VERSION
     from .graph.structure import find_layers
     from .runtime.load import adopt, find_model, is_native
+    from .stream.memory import peak_memory
     from .stream.run import RunDirectory
 
     began = time.perf_counter()

@@ -57,6 +57,11 @@ class Request:
     dtype: str = "auto"
     memory: int | None = None
     gpu_memory: int | None = None
+    gpus: int | None = None
+    """Processes with a GPU each that share the text and the work."""
+    lanes: int | None = None
+    """Parts of the text whose statistics are summed by themselves, by default one a GPU: results depend on this alone,
+    not on the number of GPUs."""
     restart: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
@@ -86,12 +91,12 @@ class Prepared:
 
 def prepare(request: Request) -> Prepared:
     """Check a request against its model and make the plan; refuses in seconds, before a weight is read."""
-    import torch
-
     from . import budget, recipes
     from .data.calibrate import fingerprint
     from .formats.native import VERSION
     from .stream.checkpoint import Checkpoint
+    from .stream.hidden import micro_batches
+    from .stream.lanes import Lanes, check
     from .stream.plan import make_plan
     from .stream.sweep import MICRO_BATCH
 
@@ -99,7 +104,8 @@ def prepare(request: Request) -> Prepared:
     loaded = next(iter(widths.values()), None) or recipes.resolve(
         request.recipe, settings=request.settings, overrides=request.overrides, ignore=request.ignore
     )
-    device = device_of(request.device)
+    device, (count, world) = device_of(request.device), shared(request)
+    check(loaded.recipe, world)
     checkpoint = Checkpoint.open(request.model, revision=request.revision, trust_remote_code=request.trust_remote_code)
     skeleton, anatomy = anatomy_of(checkpoint, request.trust_remote_code)
     dtype = _dtype(request.dtype, checkpoint.config.dtype, device)
@@ -112,6 +118,8 @@ def prepare(request: Request) -> Prepared:
         widths = {width: _narrowed(request, each, checkpoint) for width, each in widths.items()}
         opened = budget.Opened(request, widths, checkpoint, skeleton, anatomy, refuse)
         loaded, allocation = budget.allocated(opened, windows, dtype, device)
+    if text and count > 1:
+        Lanes(count).of(micro_batches(windows, MICRO_BATCH))
     tokens = sum(window.numel() for window in windows)
     window = max((window.numel() for window in windows), default=0)
     plan = make_plan(
@@ -123,16 +131,59 @@ def prepare(request: Request) -> Prepared:
         "recipe": recipes.to_dict(loaded.recipe),
         "calibration": None if calibration is None else {**calibration, "tokens": fingerprint(windows)},
         "target": request.target,
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "micro_batch": MICRO_BATCH,
-        "torch": torch.__version__,
+        **_arithmetic(device, dtype, count),
         **({"allocation": budget.record_of(request)} if widths else {}),
     }
     for notice in plan.notices:
         request.notice(notice)
     return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device, allocation)
+
+
+def _arithmetic(device: torch.device, dtype: torch.dtype, lanes: int) -> dict[str, Any]:
+    """What the order and precision of sums depend on."""
+    import torch
+
+    from .stream.sweep import MICRO_BATCH
+
+    return {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "micro_batch": MICRO_BATCH,
+        **({"lanes": lanes} if lanes > 1 else {}),
+        "torch": torch.__version__,
+    }
+
+
+def shared(request: Request) -> tuple[int, int]:
+    """(lanes, processes) of a request; how many were started, if some were, is how many there are.
+
+    Raises ValueError where the processes, or their GPUs, are not there, or cannot share the lanes evenly.
+    """
+    from .stream.lanes import launched
+
+    started = launched()
+    world = started if request.gpus is None else request.gpus
+    if started > 1 and world != started:
+        raise ValueError(f"--gpus {world} in one of {started} processes that were started together: drop --gpus")
+    if started == 1 and world != 1:
+        _check_gpus(world, device_of(request.device))
+    if world > 1 and (request.bits is not None or request.size is not None):
+        raise ValueError("--bits and --size measure the model on one GPU: drop --gpus")
+    count = world if request.lanes is None else request.lanes
+    if count < 1 or count % world:
+        raise ValueError(f"{count} lanes cannot be shared by {world} GPUs: make --lanes a multiple of {world}")
+    return count, world
+
+
+def _check_gpus(wanted: int, device: torch.device) -> None:
+    import torch
+
+    there = torch.cuda.device_count() if device.type == "cuda" else 0
+    if not 1 < wanted <= there:
+        raise ValueError(f"--gpus {wanted}, and {there} CUDA devices can be used here: lower it, or drop it")
+    if device.index is not None:
+        raise ValueError(f"--gpus {wanted} takes the first {wanted} devices: write --device cuda, without a number")
 
 
 def anatomy_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Anatomy]:
@@ -269,8 +320,8 @@ def free_memory() -> int:
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
 
 
-def hidden_budget(memory: int | None, plan: Plan) -> int:
-    """Bytes of hidden states that may stay in memory."""
+def hidden_budget(memory: int | None, plan: Plan, world: int = 1) -> int:
+    """Bytes of hidden states that may stay in memory of each of `world` processes, which share what there is."""
     if memory is None:
-        return free_memory() // 2
-    return max(0, memory - (plan.peak_bytes - plan.hidden_bytes))
+        return free_memory() // 2 // world
+    return max(0, memory // world - (plan.peak_bytes - plan.hidden_bytes))

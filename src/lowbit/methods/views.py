@@ -61,6 +61,15 @@ class Stats:
         if self.cross is not None and original is not None:
             self.cross.update(x, original)
 
+    def merge(self, other: Stats) -> None:
+        """Add statistics of the same kinds over other inputs, which are not to be used by themselves any more."""
+        self._factors.clear()
+        self.tokens += other.tokens
+        for kind in ("gram", "absmean", "minmax", "cross", "square"):
+            mine, theirs = getattr(self, kind), getattr(other, kind)
+            if mine is not None and theirs is not None:
+                mine.merge(theirs)
+
     def transport(self, scale: Tensor) -> None:
         """Follow a fold that divides the inputs by `scale` [I]."""
         self._factors.clear()

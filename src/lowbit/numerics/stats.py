@@ -51,6 +51,11 @@ class Gram:
         step = _TILE["cuda" if self._sum.is_cuda else "cpu"]
         return (slice(start, start + step) for start in range(0, width, step))
 
+    def merge(self, other: Gram) -> None:
+        """Add what another has seen, for instance in another part of the text."""
+        self._sum = _added(self._sum, other._sum)
+        self.count += other.count
+
     @staticmethod
     def of(matrix: Tensor, count: int) -> Gram:
         """The statistic whose matrix is known already, for instance that of some columns alone."""
@@ -104,6 +109,10 @@ class Square:
         """Add inputs [T, I]."""
         total = x.float().square().sum(0)
         self._sum = total if self._sum is None else self._sum + total
+
+    def merge(self, other: Square) -> None:
+        """Add what another has seen."""
+        self._sum = _added(self._sum, other._sum)
 
     @property
     def norm(self) -> Tensor:
@@ -160,6 +169,10 @@ class Cross:
         product = (original.float() - x).T @ x
         self._sum = product if self._sum is None else self._sum.add_(product)
 
+    def merge(self, other: Cross) -> None:
+        """Add what another has seen."""
+        self._sum = _added(self._sum, other._sum)
+
     @property
     def seen(self) -> bool:
         """Whether both streams' inputs were ever observed together."""
@@ -175,6 +188,13 @@ class Cross:
         """Inputs of both models become x / scale, [I]."""
         if self._sum is not None:
             self._sum.div_(scale[:, None]).div_(scale)
+
+
+def _added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """The sum of two, in the place of the first; None where nothing was seen."""
+    if total is None or more is None:
+        return more if total is None else total
+    return total.add_(more)
 
 
 Statistic = Gram | AbsMean | Square | MinMax | Cross

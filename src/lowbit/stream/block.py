@@ -8,32 +8,29 @@ stored is what makes the next block's inputs.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..graph.anatomy import Edge, Site, Tap
-from ..methods.base import Particular, Transform
+from ..graph.anatomy import Edge
+from ..methods.base import Transform
 from ..methods.views import Fold, Stats
 from ..modules.linear import install
 from ..numerics.grid import Grid
-from ..numerics.qtensor import QAttention, QLayer, QWeight
-from ..numerics.spec import Spec
+from ..numerics.qtensor import QAttention, QLayer
 from .edges import BlockEdge, inspects_reader
 from .memory import release_memory
 from .observe import Observed, observe
+from .rounding import STARVED, corrected, rounded
 from .stages import Layout, Passes, stages
 from .student import Student
 from .text import Text
-from .work import BlockWork, FixedGrid
+from .work import BlockWork
 
 LARGE = 32 << 20
 """Bytes of a block from which freed memory is given back between its stages; for a small one it takes too long."""
-STARVED = 32
-"""An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def quantize_block(work: BlockWork, text: Text | None, seed: int = 0) -> Outcome
     """
     recipe = work.recipe
     if text is None:
-        layers = _corrected(work, _rounded(work, work.anatomy.taps, {}, seed), {})
+        layers = rounded(work, work.anatomy.taps, {}, seed)
         finished: dict[str, QLayer | QAttention] = {**layers, **work.kept(), **work.attention()}
         return Outcome(finished, work.rest(), *_weight_errors(work, layers), "weight")
     work.install_dense()
@@ -85,11 +82,11 @@ def quantize_block(work: BlockWork, text: Text | None, seed: int = 0) -> Outcome
     if recipe.sequential:
         layers, experts = _round_in_order(work, text, layout, seed)
     else:
-        layers = _rounded(work, work.anatomy.taps, observed.stats, seed)
+        layers = rounded(work, work.anatomy.taps, observed.stats, seed)
     advanced = recipe.sequential and text.onward and not recipe.retrains
     layers = _train_codes(work, layers, observed, text, seed)
-    if recipe.retrains or not recipe.sequential:
-        layers = _corrected(work, layers, observed.stats)
+    if recipe.retrains:
+        layers = corrected(work, layers, observed.stats)
     finished, rest = {**layers, **work.kept(), **work.attention()}, work.rest()
     before = _plain_error(work, plain_inputs, text, start, target)
     if advanced:
@@ -179,9 +176,10 @@ def _observe(
         forward,
         text.batches,
         inspect=inspect,
-        recorded=text.replayed() if inspect else (),
+        recorded=text.replayed(work.lanes) if inspect else (),
         outputs=outputs,
         original=text.forward_clean if "cross" in needs else None,
+        lanes=work.lanes,
     )
 
 
@@ -234,8 +232,9 @@ def _transform_edge(work: BlockWork, transform: Transform, edge: Edge, observed:
         samples=observed.samples.get(edge.inspect, ()),
         dtype=work.dtype,
         maps=work.maps,
+        lanes=work.lanes,
     )
-    fold = transform.fold(view)
+    fold: Fold | None = work.lanes.agreed(transform.fold(view))
     if fold is None:
         return None
     fold = work.fold(edge, fold)
@@ -288,62 +287,6 @@ def _quantize_cache(work: BlockWork, text: Text, moved: bool) -> None:
 # --- rounding ---------------------------------------------------------------------------------------------------------
 
 
-def _rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats], seed: int) -> dict[str, QLayer]:
-    """Round the quantized sites of `taps`, linears of one tap and format as one matrix; an Encode takes them singly."""
-    layers: dict[str, QLayer] = {}
-    for tap in taps:
-        for sites, spec, scores in _batches(work, tap):
-            seen = stats.get(tap.name)
-            if seen is not None and sites[0].expert is not None and seen.tokens < STARVED:
-                seen = None
-            if work.recipe.encode is not None:
-                layers |= {site.name: _encoded(work, site, spec, seen, scores, seed) for site in sites}
-                continue
-            stacked = torch.cat([work.weight(site) for site in sites])
-            trained = work.grids.get(sites[0].name)  # such a site comes alone
-            clip = work.recipe.clip if trained is None else FixedGrid(trained)
-            rounded = work.recipe.round.round(stacked, spec, clip, seen, scores=scores)
-            start = 0
-            for site in sites:
-                part = QWeight((rounded.rows(start, start + site.shape[0]),))
-                layers[site.name] = work.layer(site, part.to("cpu"), work.input_grid(site, stats))
-                start += site.shape[0]
-        if tap.name in stats and not work.recipe.revisits_stats:
-            stats[tap.name].release()
-    return layers
-
-
-def _encoded(work: BlockWork, site: Site, spec: Spec, stats: Stats | None, scores: bool, seed: int) -> QLayer:
-    """What the recipe's Encode makes of one linear; every linear of a model has random numbers of its own."""
-    recipe, trained = work.recipe, work.grids.get(site.name)
-    assert recipe.encode is not None
-    clip = recipe.clip if trained is None else FixedGrid(trained)
-    own = (seed * 1_000_003 + zlib.crc32(site.name.encode())) % (1 << 63)
-    encoded = recipe.encode.encode(work.weight(site), spec, recipe.round, clip, stats, scores=scores, seed=own)
-    encoded = encoded.to("cpu")
-    layer = work.layer(site, encoded.weight, work.input_grid(site, {} if stats is None else {site.name: stats}))
-    before = encoded.input_map or layer.input_map
-    return replace(layer, input_map=before, output_map=encoded.output_map, outliers=encoded.outliers)
-
-
-def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
-    """The tap's quantized sites in batches that share format and treatment; units must not span two linears.
-
-    Servers join q, k and v and know one NVFP4 tensor scale of them, so that v is treated as q and k are there.
-    """
-    batches: dict[tuple[Spec, bool, str], list[Site]] = {}
-    scoring = any(site.name in work.anatomy.scores for site in tap.sites)
-    single = isinstance(work.recipe.clip, Particular) and work.recipe.clip.alone
-    for site in tap.sites:
-        spec = work.formats[site.name][0]
-        if spec is not None:
-            alone = "" if spec.by_row and not single and site.name not in work.grids else site.name
-            scores = scoring if spec.scale == "e4m3" else site.name in work.anatomy.scores
-            batches.setdefault((spec, scores, alone), []).append(site)
-    for (spec, scores, _), sites in batches.items():
-        yield sites, spec, scores
-
-
 def _round_in_order(work: BlockWork, text: Text, layout: Layout, seed: int) -> tuple[dict[str, QLayer], dict[str, int]]:
     """True-sequential: every stage is rounded on what the rounded stages before it give; also the tokens of experts.
 
@@ -353,18 +296,16 @@ def _round_in_order(work: BlockWork, text: Text, layout: Layout, seed: int) -> t
     recipe, rest = work.recipe, work.rest()
     work.install_dense()
     install(work.block, {**work.kept(), **work.attention()}, rest, work.dtype, work.device)
-    rounded = {site.name for site, _ in work.quantized()}
-    order = [s for s in stages(work.anatomy.taps) if any(site.name in rounded for tap in s for site in tap.sites)]
+    wanted = {site.name for site, _ in work.quantized()}
+    order = [s for s in stages(work.anatomy.taps) if any(site.name in wanted for tap in s for site in tap.sites)]
     sites, edges = work.anatomy.sites, work.anatomy.edges
-    passes = Passes(work.block, sites, edges, order, layout, text.forward, text.batches, text.budget)
+    passes = Passes(work.block, sites, edges, order, layout, text.forward, text.batches, text.budget, work.lanes)
     layers: dict[str, QLayer] = {}
     experts: dict[str, int] = {}
     for index, stage in enumerate(order):
         stats = passes.observe(index, recipe.rounding_needs)
         experts.update(_tokens_of_experts(work, stats))
-        fresh = _rounded(work, stage, stats, seed)
-        if not recipe.retrains:
-            fresh = _corrected(work, fresh, stats)
+        fresh = rounded(work, stage, stats, seed)
         install(work.block, fresh, rest, work.dtype, work.device)
         layers.update(fresh)
         if work.nbytes > LARGE:
@@ -373,17 +314,6 @@ def _round_in_order(work: BlockWork, text: Text, layout: Layout, seed: int) -> t
         for batch, output in enumerate(passes.outputs()):
             text.inputs[batch] = output
     return layers, experts
-
-
-def _corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
-    """The layers with every correction of the recipe added to their weights."""
-    corrected = dict(layers)
-    for site in (site for site, _ in work.quantized() if site.name in layers):
-        weight = layers[site.name].weight.to(work.device)
-        for correction in work.recipe.correct:
-            weight = correction.correct(work.weight(site), weight, stats.get(site.name))
-        corrected[site.name] = replace(layers[site.name], weight=weight.to("cpu"))
-    return corrected
 
 
 def _weight_errors(work: BlockWork, layers: Mapping[str, QLayer]) -> tuple[float, float]:

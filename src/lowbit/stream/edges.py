@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ..numerics.maps import Map
 from ..numerics.precision import tensor_cores
 from ..numerics.spec import Spec
 from ..numerics.stats import AbsMean, MinMax
+from .lanes import ALONE, Lanes
 
 
 def first(output: Any) -> Tensor:
@@ -55,6 +57,8 @@ class BlockEdge:
     dtype: torch.dtype
     maps: Mapping[str, Map] = field(default_factory=dict)
     """Online maps of linears of the block, which none of the readers is behind."""
+    lanes: Lanes = ALONE
+    """The processes that have recorded a part of the calls each."""
     _base: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -126,16 +130,20 @@ class BlockEdge:
             if shift is not None:  # what comes in is shifted back, and what is repaired is the original's W δ
                 path = f"{name}.bias".lstrip(".")
                 candidate[path] = (self._base[path].float() + (original - weight) @ shift).to(self.dtype)
-        total, count = torch.zeros((), dtype=torch.float64, device=weights[0].device), 0
+        sums: list[Tensor] = []
         with ExitStack() as stack:
             self._quantize_inputs(stack, scale, shift)
             for name, map in self.maps.items():
                 stack.callback(self.block.get_submodule(name).register_forward_pre_hook(_mapping(map)).remove)
             for sample in self.samples:
                 output = first(functional_call(module, candidate, sample.args, sample.kwargs))
-                total += (output.float() - sample.output.float()).square().sum().double()
-                count += output.numel()
-        return float(total / max(1, count))
+                sums.append((output.float() - sample.output.float()).square().sum())
+        counts = [sample.output.numel() for sample in self.samples]
+        mine = list(zip(torch.stack(sums).tolist(), counts, strict=True)) if sums else []
+        total, count = 0.0, 0
+        for error, size in chain.from_iterable(self.lanes.gathered(mine)):  # one by one, whoever has which
+            total, count = total + error, count + size
+        return total / max(1, count)
 
     def _relative(self, path: str) -> str:
         return path[len(self.edge.inspect) :].lstrip(".") if self.edge.inspect else path

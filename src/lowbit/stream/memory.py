@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import resource
 import sys
 
 import torch
@@ -22,3 +24,9 @@ def gpu_room(device: torch.device, limit: int | None) -> int:
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for tensors to come
     free = torch.cuda.mem_get_info(device)[0] + kept
     return free if limit is None else min(free, limit - torch.cuda.memory_allocated(device))
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024

@@ -19,6 +19,7 @@ from ..graph.anatomy import Tap
 from ..methods.views import Need, Stats
 from ..modules.linear import QLinear
 from .edges import Sample, first
+from .lanes import ALONE, Lanes, Tally
 
 Forward = Callable[[nn.Module, int], Tensor]
 """(block, micro-batch) -> the block's output hidden states [b, T, D]."""
@@ -49,23 +50,26 @@ def observe(
     recorded: Collection[int] = (),
     outputs: Collection[int] = (),
     original: Forward | None = None,
+    lanes: Lanes = ALONE,
 ) -> Observed:
     """Run all micro-batches through `block` and observe.
 
     `inspect` are the modules whose calls are kept for the micro-batches in `recorded`; `outputs` are the micro-batches
     whose final hidden states are kept. `original` is `forward` on the original model's stream, for statistics of both.
+    With `lanes` the micro-batches are those of this process, and the statistics those of the whole text.
     """
     seen = Observed(samples={path: [] for path in inspect})
+    tallies: list[Tally] = []
     originals: dict[str, Tensor] = {}
     current, compared = 0, False
     with ExitStack() as stack:
 
-        def on_input(tap: Tap, stats: Stats, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def on_input(tap: Tap, tally: Tally, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 x = module.mapped(args[0]) if isinstance(module, QLinear) else args[0]
                 x = x.reshape(-1, x.shape[-1])
                 if not compared:
-                    stats.update(x, originals.pop(tap.name, None))
+                    tally.update(x, originals.pop(tap.name, None))
                 elif tap.sites[0].expert is None:
                     originals[tap.name] = x
                 if last and (compared or (current not in recorded and current not in outputs)):
@@ -82,15 +86,17 @@ def observe(
 
         if needs:
             for index, tap in enumerate(taps):
-                stats = Stats.observing(needs)
-                seen.stats.update({site.name: stats for site in tap.sites})
+                tallies.append(lanes.tally(needs))
                 last = index == len(taps) - 1 and tap.sites[0].expert is None
                 module = block.get_submodule(tap.name)
-                stack.callback(module.register_forward_pre_hook(on_input(tap, stats, last)).remove)
+                stack.callback(module.register_forward_pre_hook(on_input(tap, tallies[-1], last)).remove)
         for path in inspect:
             module = block.get_submodule(path)
             stack.callback(module.register_forward_hook(on_call(path), with_kwargs=True).remove)
         for current in range(batches) if needs or recorded else sorted(outputs):
+            if current in lanes.turns:
+                for tally in tallies:
+                    tally.turn()
             if original is not None:
                 compared = True
                 with suppress(_Seen):
@@ -102,4 +108,7 @@ def observe(
                 continue
             if current in outputs:
                 seen.outputs[current] = output
+    for tap, tally in zip(taps, tallies, strict=False):
+        stats = lanes.total(tally)
+        seen.stats.update({site.name: stats for site in tap.sites})
     return seen

@@ -27,6 +27,7 @@ from ..graph.anatomy import Edge, Norm, Site, Tap
 from ..methods.views import Need, Stats
 from ..modules.linear import QLinear
 from .edges import first
+from .lanes import ALONE, Lanes, Tally
 from .observe import Forward
 
 Stage = tuple[Tap, ...]
@@ -142,7 +143,8 @@ class Passes:
     """The passes of one block: `observe(0)`, round and install stage 0, `observe(1)`, …, and at last `outputs()`.
 
     `sites` that are in no stage compute from the start what they will; `edges` say who alone reads a norm. Between the
-    passes modules may be replaced; all is remembered by path. At most `budget` bytes are kept.
+    passes modules may be replaced; all is remembered by path. At most `budget` bytes are kept. The `batches` are those
+    of this process among the `lanes`.
     """
 
     def __init__(
@@ -155,8 +157,9 @@ class Passes:
         forward: Forward,
         batches: int,
         budget: int,
+        lanes: Lanes = ALONE,
     ) -> None:
-        self.stages = stages
+        self.stages, self._lanes = stages, lanes
         self._block, self._forward, self._batches, self._budget = block, forward, batches, budget
         self._sites = {site.name: site for site in sites}
         stage_of = {site.name: index for index, stage in enumerate(stages) for tap in stage for site in tap.sites}
@@ -177,16 +180,17 @@ class Passes:
         self._kept: list[dict[str, _Kept]] = [{} for _ in range(batches)]
         self._bytes = 0
         self._stage = self._batch = 0
-        self._heads: dict[str, Stats] = {}
+        self._heads: dict[str, Tally] = {}
         self._astray = False
 
     @torch.no_grad()
     def observe(self, stage: int, needs: frozenset[Need]) -> dict[str, Stats]:
         """Statistics of the stage's inputs by site, shared within a tap; all stages before it are installed."""
-        self._heads = {tap.name: Stats.observing(needs) for tap in self.stages[stage]}
+        self._heads = {tap.name: self._lanes.tally(needs) for tap in self.stages[stage]}
         for _ in self._pass(stage):
             pass
-        return {site.name: self._heads[tap.name] for tap in self.stages[stage] for site in tap.sites}
+        stats = {name: self._lanes.total(tally) for name, tally in self._heads.items()}
+        return {site.name: stats[tap.name] for tap in self.stages[stage] for site in tap.sites}
 
     @torch.no_grad()
     def outputs(self) -> Iterator[Tensor]:
@@ -207,6 +211,9 @@ class Passes:
                 stack.callback(vars(module).pop, "forward")
             for batch in range(self._batches):
                 self._batch, self._astray = batch, False
+                if batch in self._lanes.turns:
+                    for tally in self._heads.values():
+                        tally.turn()
                 try:
                     output = self._forward(self._block, batch)
                 except _Paused:

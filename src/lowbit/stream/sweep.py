@@ -26,13 +26,14 @@ from ..modules.linear import install
 from .block import Outcome, quantize_block
 from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
+from .lanes import ALONE, Lanes
 from .learning import WholeModel
 from .memory import gpu_room, release_memory
 from .plan import Plan
-from .prologue import Calls, run_prologue
+from .prologue import run_prologue
 from .rotation import Turning, unties
 from .run import NAMES, ROTATION, SCRATCH, RunDirectory, checkpoint_names
-from .text import Text
+from .text import Streams, Text
 from .work import BlockWork
 
 MICRO_BATCH = 2048
@@ -65,6 +66,8 @@ class Sweep:
     """Bytes of a GPU that the run may take; None for all that are free."""
     seed: int = 0
     progress: Progress = field(default_factory=Progress)
+    lanes: Lanes = ALONE
+    """The processes that share the run; every one of them carries out a sweep, and the first one writes."""
     _turning: Turning | None = field(default=None, init=False)
 
     @torch.no_grad()
@@ -72,14 +75,15 @@ class Sweep:
         """Do what is not yet done. Afterwards the run directory is complete."""
         gc.freeze()  # what exists now outlives the run: collecting between blocks need not look at it
         anatomy, count = self.plan.anatomy, len(self.plan.anatomy.blocks)
-        finished = self.run.finished()
-        if finished < count or not self.run.shard(0).exists():
+        finished, begun = self.lanes.agreed((self.run.finished(), self.run.shard(0).exists()))
+        if finished < count or not begun:
             self._turning = self._find_turning()
-        self._write_rest()
+        if self.lanes.first:
+            self._write_rest()
         streams, start = None, finished
         if self.plan.recipe.calibrated and finished < count:
             streams, start = self._begin(finished)
-        saver = _Snapshots(self.run, streams)
+        saver = _Snapshots(self.run, streams if self.lanes.alone else None)
         with Prefetch(self.checkpoint) as ahead, _Writer(self.device.type == "cuda") as writer:
             if start < count and (start == finished or self.plan.recipe.float_stream):
                 ahead.start(self._names(start))
@@ -101,7 +105,10 @@ class Sweep:
         saver.wait()
         if streams is not None:
             streams.clear()
-        self.run.finish()
+        self.lanes.gathered(None)  # nobody reads or clears anything any more
+        if self.lanes.first:
+            self.run.finish()
+        self.lanes.agreed(None)
 
     def _replay(
         self, index: int, block: nn.Module, ahead: Prefetch, text: Text | None, count: int, finished: int
@@ -131,6 +138,8 @@ class Sweep:
             check_finite(f"{prefix}.{name}", tensor)
         work = self._work(index, block, tensors)
         outcome = quantize_block(work, text, seed=self.seed * 100_003 + index)
+        if not self.lanes.first:
+            return outcome
         report = _report(prefix, outcome)
         writer.start(partial(self.run.write_block, index, prefix, outcome.layers, outcome.rest, report))
         seconds = time.perf_counter() - began
@@ -142,7 +151,7 @@ class Sweep:
         """The work on a block, which begins with the rotation of the whole model if there is one."""
         part, formats = self.plan.anatomy.blocks[index], self.plan.formats[index]
         work = BlockWork(block, part, self.plan.recipe, formats, tensors, self.dtype, self.device)
-        work.place = (index, len(self.plan.anatomy.blocks))
+        work.place, work.lanes = (index, len(self.plan.anatomy.blocks)), self.lanes
         if self._turning is not None:
             self._turning.turn(work, index)
         return work
@@ -179,15 +188,17 @@ class Sweep:
     def _begin(self, finished: int) -> tuple[Streams, int]:
         """The hidden states to go on from, and the block that they are inputs of."""
         batches = micro_batches(list(self.windows), MICRO_BATCH)
+        self.lanes = self.lanes.of(batches)
+        scratch = self.run.path / SCRATCH / f"{self.lanes.rank}"
         trains = self.plan.recipe.float_stream
         share = self.hidden_budget // 3 if trains else self.hidden_budget
         home = self._home()
-        hidden = HiddenStates(share, self.run.path / SCRATCH / "quantized", home)
+        hidden = HiddenStates(share, scratch / "quantized", home)
         calls = run_prologue(
             self.model,
             self.plan.anatomy,
             self.checkpoint,
-            batches,
+            [batches[index] for index in self.lanes.here],
             hidden,
             self.dtype,
             self.device,
@@ -195,8 +206,8 @@ class Sweep:
         )
         streams = Streams(calls, hidden, self.device, self._spare)
         if trains:
-            streams.split(share, self.run.path / SCRATCH, home)
-        for block in range(finished, 0, -1):
+            streams.split(share, scratch, home)
+        for block in range(finished if self.lanes.alone else 0, 0, -1):
             snapshot = snapshot_path(self.run, block)
             if snapshot.exists():
                 streams.restore(read_shard(snapshot))
@@ -205,7 +216,8 @@ class Sweep:
 
     def _home(self) -> torch.device:
         """Where hidden states live: on the GPU if they take less than two fifths of what may be had there."""
-        if self.device.type == "cuda" and 5 * self.plan.hidden_bytes < 2 * gpu_room(self.device, self.gpu_budget):
+        own = self.plan.hidden_bytes // self.lanes.world
+        if self.device.type == "cuda" and 5 * own < 2 * gpu_room(self.device, self.gpu_budget):
             return self.device
         return torch.device("cpu")
 
@@ -241,72 +253,6 @@ class Sweep:
 def snapshot_path(run: RunDirectory, block: int) -> Path:
     """Where the inputs of `block` are kept for a restart."""
     return run.path / f"hidden-{block:05d}.safetensors"
-
-
-class Streams:
-    """The hidden states in front of the block being worked on, and how every block is called with them.
-
-    `inputs` come through the quantized blocks. `clean` come through the original ones and exist for recipes that train;
-    `targets` are the next block's `clean` in the making, since training still reads the old ones.
-    """
-
-    def __init__(self, calls: Calls, inputs: HiddenStates, device: torch.device, spare: Callable[[int], int]) -> None:
-        self._calls, self._inputs, self._device, self._spare = calls, inputs, device, spare
-        self._clean: HiddenStates | None = None
-        self._targets: HiddenStates | None = None
-
-    def split(self, budget: int, directory: Path, home: torch.device) -> None:
-        """Keep the original model's states from here on; both streams are the same so far."""
-        self._clean = HiddenStates(budget, directory / "float", home)
-        self._targets = HiddenStates(budget, directory / "target", home)
-        for state in self._inputs:
-            self._clean.append(state)
-            self._targets.append(state)
-
-    def text(self, index: int) -> Text:
-        """The text as the block of this index sees it."""
-
-        def call(block: nn.Module, batch: int, hidden: Tensor) -> Tensor:
-            return self._calls.run(block, index, batch, hidden.to(self._device))
-
-        def alike(a: int, b: int) -> bool:
-            return self._inputs[a].shape == self._inputs[b].shape and self._calls.alike(index, a, b)
-
-        onward = index + 1 < len(self._calls.by_block)
-        return Text(call, self._inputs, self._clean, self._targets, onward, alike, self._spare(self._taken()))
-
-    def _taken(self) -> int:
-        """Bytes of all states in memory."""
-        streams = (self._inputs, self._clean, self._targets)
-        return sum(states.nbytes for states in streams if states is not None)
-
-    def advance(self, text: Text, block: nn.Module | None) -> None:
-        """Go on to the next block: send the quantized stream through the finished one, if that is still to be done.
-
-        The float stream has its outputs already.
-        """
-        if block is not None:
-            for batch in range(text.batches):
-                self._inputs[batch] = text.forward(block, batch)
-        self._clean, self._targets = self._targets, self._clean
-
-    def _named(self) -> dict[str, HiddenStates]:
-        return {"": self._inputs} if self._clean is None else {"": self._inputs, "float.": self._clean}
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Every state by name, for a file that `restore` reads."""
-        return {f"{name}{k}": state for name, states in self._named().items() for k, state in states.snapshot().items()}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the states by those of a snapshot."""
-        for name, states in self._named().items():
-            states.restore({key: tensors[f"{name}{key}"] for key in states.names()})
-
-    def clear(self) -> None:
-        """Drop every state and its scratch files."""
-        for states in (self._inputs, self._clean, self._targets):
-            if states is not None:
-                states.clear()
 
 
 class _Writer:

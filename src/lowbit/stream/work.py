@@ -26,6 +26,7 @@ from ..numerics.maps import Map
 from ..numerics.qtensor import QAttention, QLayer, QTensor, QWeight
 from ..numerics.spec import BF16, Spec
 from .edges import stored_scale, stored_shift
+from .lanes import ALONE
 
 Formats = Mapping[str, tuple[Spec | None, Spec | None]]
 """Site name within the block -> (weight format, input format); None keeps 16 bits."""
@@ -62,6 +63,8 @@ class BlockWork:
         self.source: dict[str, Tensor] = dict(tensors)
         self.place = (0, 1)
         """The block's number and how many blocks there are."""
+        self.lanes = ALONE
+        """The processes that share the work."""
         self.maps: dict[str, Map] = {}
         self.clips: dict[str, Tensor] = {}
         self.grids: dict[str, Grid] = {}

@@ -1,0 +1,115 @@
+"""What becomes of a block's weights: rounded or encoded tap by tap, and corrected.
+
+Linears behind one input share a factorization, and those of one format are rounded as one matrix. Taps know nothing of
+each other, so the processes of a run take each some of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..graph.anatomy import Site, Tap
+from ..methods.base import Particular
+from ..methods.views import Stats
+from ..numerics.qtensor import QLayer, QWeight
+from ..numerics.spec import Spec
+from .work import BlockWork, FixedGrid
+
+STARVED = 32
+"""An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
+
+
+def rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats], seed: int) -> dict[str, QLayer]:
+    """The quantized sites of `taps` as layers, corrected unless their codes are trained first."""
+    recipe, lanes = work.recipe, work.lanes
+    made: dict[str, dict[str, QLayer]] = {}
+    for tap, owner in zip(taps, lanes.dealt([_cost(work, tap) for tap in taps]), strict=True):
+        if owner == lanes.rank:
+            layers = _rounded_tap(work, tap, stats, seed)
+            made[tap.name] = layers if recipe.retrains else corrected(work, layers, stats)
+        if tap.name in stats and not recipe.revisits_stats:
+            stats[tap.name].release()
+    made = lanes.joined(made)
+    return {name: layer for tap in taps for name, layer in made[tap.name].items()}
+
+
+def corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
+    """The layers with every correction of the recipe added to their weights."""
+    found = dict(layers)
+    for site in (site for site, _ in work.quantized() if site.name in layers):
+        weight = layers[site.name].weight.to(work.device)
+        for correction in work.recipe.correct:
+            weight = correction.correct(work.weight(site), weight, stats.get(site.name))
+        found[site.name] = replace(layers[site.name], weight=weight.to(_shelf(work)))
+    return found
+
+
+def _rounded_tap(work: BlockWork, tap: Tap, stats: Mapping[str, Stats], seed: int) -> dict[str, QLayer]:
+    """The tap's sites, those of one format as one matrix; an Encode takes them singly."""
+    layers: dict[str, QLayer] = {}
+    for sites, spec, scores in _batches(work, tap):
+        seen = stats.get(tap.name)
+        if seen is not None and sites[0].expert is not None and seen.tokens < STARVED:
+            seen = None
+        if work.recipe.encode is not None:
+            layers |= {site.name: _encoded(work, site, spec, seen, scores, seed) for site in sites}
+            continue
+        stacked = torch.cat([work.weight(site) for site in sites])
+        trained = work.grids.get(sites[0].name)  # such a site comes alone
+        clip = work.recipe.clip if trained is None else FixedGrid(trained)
+        codes = work.recipe.round.round(stacked, spec, clip, seen, scores=scores)
+        start = 0
+        for site in sites:
+            part = QWeight((codes.rows(start, start + site.shape[0]),))
+            layers[site.name] = work.layer(site, part.to(_shelf(work)), work.input_grid(site, stats))
+            start += site.shape[0]
+    return layers
+
+
+def _encoded(work: BlockWork, site: Site, spec: Spec, stats: Stats | None, scores: bool, seed: int) -> QLayer:
+    """What the recipe's Encode makes of one linear; every linear of a model has random numbers of its own."""
+    recipe, trained = work.recipe, work.grids.get(site.name)
+    assert recipe.encode is not None
+    clip = recipe.clip if trained is None else FixedGrid(trained)
+    own = (seed * 1_000_003 + zlib.crc32(site.name.encode())) % (1 << 63)
+    encoded = recipe.encode.encode(work.weight(site), spec, recipe.round, clip, stats, scores=scores, seed=own)
+    encoded = encoded.to(_shelf(work))
+    layer = work.layer(site, encoded.weight, work.input_grid(site, {} if stats is None else {site.name: stats}))
+    before = encoded.input_map or layer.input_map
+    return replace(layer, input_map=before, output_map=encoded.output_map, outliers=encoded.outliers)
+
+
+def _batches(work: BlockWork, tap: Tap) -> Iterator[tuple[list[Site], Spec, bool]]:
+    """The tap's quantized sites in batches that share format and treatment; units must not span two linears.
+
+    Servers join q, k and v and know one NVFP4 tensor scale of them, so that v is treated as q and k are there.
+    """
+    batches: dict[tuple[Spec, bool, str], list[Site]] = {}
+    scoring = any(site.name in work.anatomy.scores for site in tap.sites)
+    single = isinstance(work.recipe.clip, Particular) and work.recipe.clip.alone
+    for site in tap.sites:
+        spec = work.formats[site.name][0]
+        if spec is not None:
+            alone = "" if spec.by_row and not single and site.name not in work.grids else site.name
+            scores = scoring if spec.scale == "e4m3" else site.name in work.anatomy.scores
+            batches.setdefault((spec, scores, alone), []).append(site)
+    for (spec, scores, _), sites in batches.items():
+        yield sites, spec, scores
+
+
+def _cost(work: BlockWork, tap: Tap) -> float:
+    """About the work that rounding the tap's sites is: with a Gram matrix its factor, and a sweep over the columns."""
+    inputs = tap.sites[0].shape[1]
+    outputs = sum(site.shape[0] for site in tap.sites if work.formats[site.name][0] is not None)
+    if "gram" not in (work.recipe.encode or work.recipe.round).needs or not outputs:
+        return float(inputs * outputs)
+    return float(inputs**2 * (inputs + 2 * outputs))
+
+
+def _shelf(work: BlockWork) -> torch.device:
+    """Where finished layers are put: in memory of the CPU, or where they can be handed to other processes."""
+    return torch.device("cpu") if work.lanes.alone else work.device
