@@ -1,33 +1,38 @@
-"""Weight-only layers on one GPU: microseconds against torch in bf16 and torch's own int4, all in one run.
+"""Layers of few tokens on one GPU: microseconds against torch in bf16 and torch's own operators, all in one run.
 
     python benchmarks/kernels.py [--bits 4 8] [--group 128] [--asymmetric] [--dtype float16] [--tokens 1 16] [--search]
+    python benchmarks/kernels.py --floats NVFP4 MXFP4 [--tokens 1 16] [--search]
+    python benchmarks/kernels.py --codes [--tokens 1 16] [--search]
 
 The same tables as `lowbit speed` makes (`lowbit.kernels.speed`), for any format, with the error against fp64; how times
-are taken is said in `lowbit.kernels.timing`. `--search` also tries other plans and prints those that beat the rule's.
+are taken is said in `lowbit.kernels.timing`. `--codes` times W8A8 and FP8, encoding and product apart too, and the
+Triton kernel beside `product.cu`: where these cross is `codes_product.FEW`. `--search` also tries other plans and
+prints those that beat the rule's.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels import weight_only
-from lowbit.kernels.layout import Prepared, prepare
-from lowbit.kernels.speed import LLAMA_8B, copies, quantized, weight_only_row
-from lowbit.kernels.timing import Call, limits, microseconds
+from lowbit.kernels import codes_product, codes_product_triton, dynamic, weight_only
+from lowbit.kernels.codes_product import Operand
+from lowbit.kernels.layout import COLUMNS, ROWS, prepare
+from lowbit.kernels.speed import FLOATS, LLAMA_8B, copies, dense, quantized, weight_only_row
+from lowbit.kernels.timing import Call, limits, microseconds, turns
 from lowbit.kernels.weight_only import Plan
 from lowbit.numerics.qtensor import QTensor
-from lowbit.numerics.spec import Int, per_group
+from lowbit.numerics.spec import E4M3, Int, Number, per_channel, per_group
 
 
-def other_plans(tokens: int, weight: Prepared) -> Iterator[Plan]:
+def other_plans(tokens: int, tiles: int, units: int) -> Iterator[Plan]:
     """Plans worth trying: every way of sharing rows and columns among warps that fits the device."""
-    units, tiles = weight.low.shape[1], weight.low.shape[0]
     for rows, row_warps, k_warps, cluster in itertools.product((1, 2), (1, 2, 3, 4, 7, 8), (1, 2, 4, 8, 16), (1, 2, 4)):
         for depth, stages in ((1, 0), (2, 0), (1, 2), (1, 3), (2, 3)):
             plan = Plan(rows, min(-(-tokens // 8), weight_only.MOST), row_warps, k_warps, cluster, depth, stages)
@@ -37,12 +42,9 @@ def other_plans(tokens: int, weight: Prepared) -> Iterator[Plan]:
                 yield plan
 
 
-def search(x: Tensor, weights: list[Prepared], taken: float) -> None:
+def search(plans: Iterator[Plan], calls: Callable[[Plan], Sequence[Call]], taken: float) -> None:
     """Print the three best plans that beat the rule's by more than noise."""
-    found = []
-    for plan in other_plans(len(x), weights[0]):
-        calls: list[Call] = [partial(weight_only.product, x, w, None, plan) for w in weights]
-        found.append((microseconds(calls, repeats=7)[0], plan))
+    found = [(microseconds(calls(plan), repeats=7)[0], plan) for plan in plans]
     for time, plan in sorted(found, key=lambda pair: pair[0])[:3]:
         if time < 0.97 * taken:
             print(f"    {time:.1f} µs: {plan}")
@@ -61,12 +63,62 @@ def row(x: Tensor, weight: QTensor, rates: tuple[float, float], searching: bool)
     )
     if searching and found.tokens <= weight_only.FEW:
         assert found.lowbit is not None
-        search(x, copies(prepare(weight)), found.lowbit)
+        weights = copies(prepare(weight))
+
+        def calls(plan: Plan) -> list[Call]:
+            return [partial(weight_only.product, x, each, None, plan) for each in weights]
+
+        search(other_plans(len(x), *weights[0].low.shape[:2]), calls, found.lowbit)
+
+
+def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> None:
+    """One line of the table of `--codes`: 16 bits, the encoding, both kernels, the layer, and the error of its sums."""
+    operand, how = codes_product.operand(weight, number), dynamic.encoder(number, None, None, "cuda")
+    codes, scale = dynamic.encode(x, how)
+    weights = [replace(operand, codes=operand.codes.clone()) for _ in range(turns(operand.codes.numel()))]
+    tiles, units = -(-len(operand.scale) // ROWS), -(-x.shape[1] // COLUMNS)
+    plan = weight_only.plan_for(len(x), tiles, units, x.device)
+
+    def few(plan: Plan) -> Callable[[Operand], Tensor]:
+        return lambda each: codes_product.product_of_few(codes, scale, each, None, x.dtype, plan)
+
+    def calls(work: Callable[[Operand], object]) -> list[Call]:
+        return [partial(work, each) for each in weights]
+
+    plain, encoding, taken, triton, layer = microseconds(
+        dense(x, weight.shape[0]),
+        [partial(dynamic.encode, x, how)],
+        calls(few(plan)),
+        calls(lambda each: codes_product_triton.product(codes, scale, each, None, x.dtype)),
+        calls(lambda each: codes_product.linear(x, how, each)),
+    )
+    expected = (codes.double() @ operand.codes.double().T) * scale.double()[:, None] * operand.scale.double()
+    error = float((few(plan)(operand).double() - expected).norm() / expected.norm())
+    print(
+        f"| {number} {x.shape[1]}→{weight.shape[0]} | {len(x)} | {plain:.1f} | {encoding:.1f} | {taken:.1f} "
+        f"| {triton:.1f} | {layer:.1f} | {plain / layer:.2f} | {error:.1e} |",
+        flush=True,
+    )
+    if searching:
+        search(other_plans(len(x), tiles, units), lambda plan: calls(few(plan)), taken)
+
+
+def codes_table(inputs_of: Callable[..., Tensor], counts: Sequence[int], searching: bool) -> None:
+    """W8A8 and FP8."""
+    print("| | M | torch 16-bit | encoding | product.cu | Triton | layer | times 16-bit | error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    numbers: tuple[Number, ...] = (Int(8), E4M3)
+    for (inputs, outputs), number in itertools.product(LLAMA_8B, numbers):
+        weight = quantized(outputs, inputs, per_channel(number, scale="float32"))
+        for tokens in counts:
+            codes_row(inputs_of(tokens, inputs), weight, number, searching)
 
 
 def main() -> None:
     """Measure the limits, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--floats", nargs="+", choices=[*FLOATS], default=[])
+    parser.add_argument("--codes", action="store_true")
     parser.add_argument("--bits", nargs="+", type=int, default=[4])
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--asymmetric", action="store_true")
@@ -78,14 +130,19 @@ def main() -> None:
     rates = limits()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, group {arguments.group}, {arguments.dtype}")
     print(f"copy {rates[0] / 1e6:.2f} TB/s, bf16 product {rates[1] / 1e6:.0f} TFLOP/s\n")
+    rule = "asymmetric" if arguments.asymmetric else "symmetric"
+    integers = [per_group(Int(bits, rule), arguments.group) for bits in arguments.bits]  # type: ignore[arg-type]
+    specs = [FLOATS[name] for name in arguments.floats] or integers
+    inputs_of = partial(torch.randn, device="cuda", dtype=getattr(torch, arguments.dtype))
+    if arguments.codes:
+        codes_table(inputs_of, arguments.tokens, arguments.search)
+        return
     print("| | M | limit | torch 16-bit | torch int4 | lowbit | times 16-bit | error |")
     print("|---|---|---|---|---|---|---|---|")
-    rule = "asymmetric" if arguments.asymmetric else "symmetric"
-    for (inputs, outputs), bits in itertools.product(LLAMA_8B, arguments.bits):
-        weight = quantized(outputs, inputs, per_group(Int(bits, rule), arguments.group))  # type: ignore[arg-type]
+    for (inputs, outputs), spec in itertools.product(LLAMA_8B, specs):
+        weight = quantized(outputs, inputs, spec)
         for tokens in arguments.tokens:
-            x = torch.randn(tokens, inputs, device="cuda").to(getattr(torch, arguments.dtype))
-            row(x, weight, rates, arguments.search)
+            row(inputs_of(tokens, inputs), weight, rates, arguments.search)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 // What a kernel's source needs to run on a CPU: CUDA's words, and the functions of ptx.cuh under the same names.
 //
-// Every thread of a cluster is a fibre, and they take turns. The tensor core's operation is spelled out from its
-// documentation (PTX, "Matrix Fragments for mma.m16n8k16"): all 32 lanes hand in their registers and each computes its
-// own four sums. Copies in the background happen as late as they may, so that what is read too early is found out, and
-// shared memory starts as NaN.
+// Every thread of a cluster is a fibre, and they take turns. The tensor core's operations are spelled out from their
+// documentation (PTX, "Matrix Fragments for mma.m16n8k16" and ".m16n8k32"): all 32 lanes hand in their registers and
+// each computes its own four sums. Copies in the background happen as late as they may, so that what is read too early
+// is found out, and shared memory starts as NaN.
 
 #include <ucontext.h>
 
@@ -100,6 +100,9 @@ inline u32 with_power(u32 bits, u32 mask, u32 power) { return (bits & mask) | po
 inline u32 minus(u32 a, u32 b) {
     return packed(value_of(a & 0xffff) - value_of(b & 0xffff), value_of(a >> 16) - value_of(b >> 16));
 }
+inline u32 times(u32 a, u32 b) {
+    return packed(value_of(a & 0xffff) * value_of(b & 0xffff), value_of(a >> 16) * value_of(b >> 16));
+}
 inline uint4 stream(const uint4* at) { return *at; }
 
 inline void copy(uint4* to, const uint4* from, bool there) {
@@ -119,7 +122,9 @@ inline void meet_cluster() { meet_at(of_cluster, fibres.size()); }
 inline void meet_neighbours() {}
 inline float4 peek(const float4* at, int rank) { return blocks[rank].memory[at - block_memory()]; }
 
-inline void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+// Each lane's four sums of products over `STEP` columns, of which a register holds `PER`.
+template <int STEP, int PER, class Sum, class Value>
+inline void multiply_as(Sum (&sum)[4], const u32* a, u32 b0, u32 b1, const Value& value) {
     Warp& warp = block_here().warps[threadIdx.x / 32];
     const int lane = threadIdx.x % 32;
     std::copy(a, a + 4, warp.a[lane]);
@@ -127,13 +132,28 @@ inline void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
     meet_at(warp.meeting, 32);
     for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; k++) {
-            const u32 left = warp.a[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
-            const u32 right = warp.b[column * 4 + k % 8 / 2][k / 8];
-            sum[i] += value_of(left >> k % 2 * 16 & 0xffff) * value_of(right >> k % 2 * 16 & 0xffff);
+        for (int k = 0; k < STEP; k++) {
+            const int thread = k % (STEP / 2) / PER, half = k / (STEP / 2), shift = k % PER * (32 / PER);
+            const u32 left = warp.a[row % 8 * 4 + thread][half * 2 + row / 8];
+            const u32 right = warp.b[column * 4 + thread][half];
+            sum[i] += value(left >> shift) * value(right >> shift);
         }
     }
     meet_at(warp.meeting, 32);
+}
+inline void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    multiply_as<16, 2>(sum, a, b0, b1, [](u32 bits) { return value_of(bits & 0xffff); });
+}
+inline void multiply_bytes(int (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    multiply_as<32, 4>(sum, a, b0, b1, [](u32 bits) { return (int)(signed char)bits; });
+}
+inline void multiply_bytes(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    multiply_as<32, 4>(sum, a, b0, b1, [](u32 bits) -> float {
+        const int exponent = bits >> 3 & 15, fraction = bits & 7;
+        if ((bits & 127) == 127) return NAN;
+        const float size = std::ldexp(exponent ? 8.0f + fraction : fraction, std::max(exponent, 1) - 10);
+        return bits & 128 ? -size : size;
+    });
 }
 
 // --- starting a kernel ----------------------------------------------------------------------------------------------

@@ -110,11 +110,11 @@ def test_what_is_no_operand_says_why() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_the_gpu_agrees_with_fp64(form: tuple[Spec, Number], dtype: torch.dtype) -> None:
-    """Every plan, whole tiles and others."""
+    """Both kernels, every plan, whole tiles and others."""
     spec, number = form
-    for rows, columns in ((1040, 1072), (2048, 4096)):
+    for rows, columns in ((1040, 1072), (2048, 4096), (6144, 4096)):
         weight = quantized(rows, columns, spec)
         ready, bias = operand(weight, number), torch.randn(rows, device=DEVICE).to(dtype)
-        for tokens in (1, 16, 17, 64, 65, 300, 513, 2048):
+        for tokens in (1, 2, 8, 9, 16, 17, 64, 65, 300, 513, 2048):
             codes, scale = codes_of(tokens, columns, number)
             close(codes_product.product(codes, scale, ready, bias, dtype), codes, scale, weight, bias, number)

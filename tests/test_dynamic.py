@@ -115,8 +115,17 @@ def check(x: Tensor, number: Number, map: Map | None, clip: Tensor | None, packe
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
 @pytest.mark.parametrize(("width", "dtype"), [(1, DTYPES[0]), (130, DTYPES[1]), (2500, DTYPES[0])], ids=str)
 def test_rows(width: int, number: Number, dtype: torch.dtype) -> None:
-    """Widths that are read at once, and one that is not."""
+    """A program holds all of a token."""
     check(tokens(3, width, dtype), number, None, torch.tensor([0.7, 0.8]) if width > 1 else None)
+
+
+@pytest.mark.parametrize("number", [Int(8), E4M3], ids=str)
+def test_rows_of_many_tokens_are_read_twice(number: Number, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.kernels import dynamic_triton
+
+    monkeypatch.setattr(dynamic_triton, "_FEW", 2)
+    for width in (130, 2500):
+        check(tokens(3, width, DTYPES[0]), number, None, torch.tensor([0.7, 0.8]))
 
 
 @pytest.mark.parametrize("number", [Int(8), Int(4), E4M3], ids=str)
@@ -181,6 +190,7 @@ def test_the_gpu_encodes_wide_tokens(number: Number, dtype: torch.dtype) -> None
     for width, map in ((4096, None), (14336, None), (4096, Hadamard(4096)), (14336, Hadamard(14336)),
                        (4096, mixing(64, 64)), (14336, mixing(112, 128)), (4096, mixing(32, 128, right=False)),
                        (4096, Hadamard(32, 128))):  # fmt: skip
-        check(tokens(67, width, dtype), number, map, torch.tensor([0.9, 0.8]))
+        for count in (5, 67):
+            check(tokens(count, width, dtype), number, map, torch.tensor([0.9, 0.8]))
         if number == Int(4):
             check(tokens(7, width, dtype), number, map, None, packed=True)

@@ -14,7 +14,7 @@ from lowbit.modules.linear import QLinear
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.maps import Hadamard, Kronecker, Map, random_orthogonal
 from lowbit.numerics.qtensor import LowRank, QLayer, QTensor, QWeight
-from lowbit.numerics.spec import E4M3, Int, Spec, per_channel, per_group, per_tensor, per_token
+from lowbit.numerics.spec import E2M1, E4M3, Int, Spec, mx, nvfp4, per_channel, per_group, per_tensor, per_token
 from lowbit.runtime import fast
 from lowbit.runtime.fast import CodesLinear, FastLinear, ReferenceLinear, WeightOnlyLinear, build, refusal, slow
 from lowbit.runtime.siblings import merge
@@ -27,6 +27,8 @@ LAYERS: dict[str, tuple[Spec, Spec | None, Map | None]] = {
     "w4": (per_group(Int(4), 64), None, None),
     "w3 asymmetric": (per_group(Int(3, "asymmetric"), 32), None, None),
     "w4 behind a map": (per_group(Int(4), 64), None, Hadamard(12, 16)),
+    "nvfp4": (nvfp4(), None, None),
+    "mxfp4": (mx(E2M1), None, None),
     "w8a8": (INT8, per_token(Int(8)), None),
     "fp8": (per_channel(E4M3, scale="float32"), per_token(E4M3), None),
     "w4a4 behind a map": (per_channel(Int(4)), per_token(Int(4)), KRONECKER),
@@ -106,7 +108,7 @@ def test_what_no_kernel_takes_stays_dense_and_says_why() -> None:
     more = QWeight(plain.weight.parts, LowRank(torch.randn(80, 2), torch.randn(2, 192)))
     cases = {
         "more than one set of codes": replace(plain, weight=more),
-        "not integers of 2, 3, 4 or 8 bits": layer_of(per_group(Int(5), 64), None, None),
+        "neither integers of 2, 3, 4 or 8 bits": layer_of(per_group(Int(5), 64), None, None),
         "not dynamic per token": replace(eight, activation=per_tensor(Int(8), scale="float32")),
         "neither symmetric integers": replace(eight, activation=per_token(Int(8, "asymmetric"))),
         "not one per row": replace(plain, activation=per_token(Int(8))),
@@ -124,15 +126,16 @@ def test_what_no_kernel_takes_stays_dense_and_says_why() -> None:
 
 
 @pytest.mark.usefixtures("known")
-@pytest.mark.parametrize("form", ["w4", "w3 asymmetric"])
+@pytest.mark.parametrize("form", LAYERS)
 def test_linears_of_one_input_are_joined(form: str) -> None:
-    """And give what each gives alone, to the last bit, however they are called."""
+    """And give what each gives alone, to the last bit, however they are called; not behind maps of 16-bit inputs."""
+    codes = LAYERS[form][1] is not None
 
     class Block(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             for name in ("q", "k", "v", "other"):
-                setattr(self, name, make(layer_of(*LAYERS[form]), torch.randn(80), torch.bfloat16))
+                setattr(self, name, make(layer_of(*LAYERS[form], clip=codes), torch.randn(80), torch.bfloat16))
 
         def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
             return [self.q(x), self.k(x), self.v(x), self.other(x + 1)]
@@ -140,6 +143,9 @@ def test_linears_of_one_input_are_joined(form: str) -> None:
     block, x = Block(), torch.randn(2, 3, 192, device=DEVICE).bfloat16()
     alone = block(x)
     first = merge(block, lambda: block(x))
+    if form == "w4 behind a map":
+        assert block.q.merged is None
+        return
     assert block.q.merged is block.k.merged is block.v.merged and block.q.merged.sizes == [80, 80, 80]
     assert block.other.merged is None
     compiled = torch.compile(block, backend="eager", fullgraph=True)
@@ -150,8 +156,38 @@ def test_linears_of_one_input_are_joined(form: str) -> None:
     expected = block(y)
     block.q(x)  # whose outputs nobody asks for: the next input is another one
     assert torch.equal(block.q(y), expected[0]) and torch.equal(block.v(x), alone[2])
-    assert block.k.codes.low.data_ptr() > block.q.codes.low.data_ptr()
+    parts = [each.codes.low if isinstance(each, WeightOnlyLinear) else each.codes.codes for each in (block.q, block.k)]
+    assert parts[0].data_ptr() < parts[1].data_ptr() < parts[0].data_ptr() + parts[0].untyped_storage().nbytes()
     assert torch.equal(block.k.compute(x), alone[1])
+
+
+@pytest.mark.usefixtures("known")
+def test_linears_whose_inputs_become_other_codes_are_not_joined() -> None:
+    """Other formats, maps, clips, or no bias: each on the same input keeps to itself."""
+    eight, mapped = layer_of(*LAYERS["w8a8"]), layer_of(*LAYERS["w4a4 behind a map"], clip=True)
+    assert mapped.input_clip is not None
+    other_map = Kronecker(KRONECKER.left, random_orthogonal(16, 3).float(), (12, 16))
+    other_form = replace(eight, activation=per_token(Int(8, "symmetric-restricted")))
+    pairs = [
+        (eight, layer_of(*LAYERS["fp8"])),
+        (eight, layer_of(*LAYERS["w4"])),
+        (eight, other_form),
+        (eight, replace(eight, input_clip=torch.tensor([0.9, 0.8]))),
+        (eight, replace(eight, input_map=KRONECKER)),
+        (mapped, replace(mapped, input_map=other_map)),
+        (mapped, replace(mapped, input_map=Hadamard(12, 16))),
+        (mapped, replace(mapped, input_clip=mapped.input_clip / 2)),
+        (layer_of(*LAYERS["nvfp4"]), layer_of(*LAYERS["mxfp4"])),
+        (layer_of(*LAYERS["nvfp4"]), layer_of(*LAYERS["w4"])),
+    ]
+    x = torch.randn(2, 192, device=DEVICE).bfloat16()
+    for layers in pairs:
+        model = torch.nn.ModuleList(make(layer, None, torch.bfloat16) for layer in layers)
+        merge(model, lambda model=model: [linear(x) for linear in model])  # type: ignore[misc]
+        assert all(linear.merged is None for linear in model)
+    model = torch.nn.ModuleList(make(eight, bias, torch.bfloat16) for bias in (None, torch.randn(80)))
+    merge(model, lambda: [linear(x) for linear in model])
+    assert all(linear.merged is None for linear in model)
 
 
 @pytest.mark.usefixtures("known")
@@ -187,9 +223,15 @@ def test_other_devices_are_left_to_the_reference(tmp_path: Path) -> None:
     assert kinds == {QLinear}
 
 
+RECIPES = [
+    *("rtn-w4a16-g64", "rtn-nvfp4a16", "rtn-mxfp4a16"),
+    *("rtn-w8a8", "rtn-fp8", "quarot-w4a4", "rtn-w4a8-g64"),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU that the kernels know")
-@pytest.mark.parametrize("recipe", ["rtn-w4a16-g64", "rtn-w8a8", "rtn-fp8", "quarot-w4a4", "rtn-w4a8-g64"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_loaded_model_takes_fast_layers(recipe: str, tmp_path: Path) -> None:
     lowbit.quantize("demo", recipe, tmp_path / "out", device="cpu")
     exact = lowbit.load(tmp_path / "out", dtype=torch.float32, device="cuda", fast=False)

@@ -12,53 +12,66 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from lowbit.kernels import codes_product, dynamic, layout, weight_only
 from lowbit.kernels import compile as compiling
-from lowbit.kernels import layout, weight_only
 from lowbit.kernels.layout import Prepared, prepare, refusal, restore
 from lowbit.kernels.weight_only import Plan
 from lowbit.numerics.grid import Grid, fit_range
 from lowbit.numerics.qtensor import QTensor
-from lowbit.numerics.spec import NF4, Int, Spec, kquant, per_group, per_tensor
+from lowbit.numerics.spec import (
+    E2M1,
+    E2M3,
+    E4M3,
+    NF4,
+    Int,
+    Number,
+    Spec,
+    kquant,
+    mx,
+    nvfp4,
+    per_channel,
+    per_group,
+    per_tensor,
+)
 
 HERE = Path(__file__).parent
 GPU = torch.cuda.is_available() and weight_only.available(torch.cuda.current_device())
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16]
 FORMATS = [
-    (4, "symmetric", 128, "half"),
-    (4, "asymmetric", 32, "half"),
-    (4, "symmetric-unsigned", -1, "half"),
-    (4, "asymmetric", 64, "float32"),
-    (8, "symmetric", -1, "float32"),
-    (8, "asymmetric", 64, "half"),
-    (3, "symmetric", 32, "half"),
-    (3, "asymmetric", 128, "half"),
-    (2, "asymmetric", 64, "half"),
-    (2, "symmetric", -1, "bfloat16"),
+    Spec(Int(4), (1, 128)),
+    Spec(Int(4, "asymmetric"), (1, 32)),
+    Spec(Int(4, "symmetric-unsigned"), (1, -1)),
+    Spec(Int(4, "asymmetric"), (1, 64), "float32"),
+    Spec(Int(8), (1, -1), "float32"),
+    Spec(Int(8, "asymmetric"), (1, 64)),
+    Spec(Int(3), (1, 32)),
+    Spec(Int(3, "asymmetric"), (1, 128)),
+    Spec(Int(2, "asymmetric"), (1, 64)),
+    Spec(Int(2), (1, -1), "bfloat16"),
+    nvfp4(),
+    mx(E2M1),
 ]
-"""Bits, rule, group, scales."""
 
 
 def quantized(rows: int, columns: int, spec: Spec, device: str = "cpu") -> QTensor:
     """Random codes that use the whole range of a format, on a grid of uneven scales."""
     weight = torch.randn(rows, columns, device=device) * torch.rand(rows, 1, device=device)
-    grid = fit_range(weight, spec)
-    assert isinstance(spec.number, Int)
-    codes = torch.randint(spec.number.low, spec.number.high + 1, weight.shape, device=device)
-    codes = codes.to(torch.int8 if spec.number.signed else torch.uint8)
-    if grid.zero is not None and not spec.number.symmetric:
+    grid, number = fit_range(weight, spec), spec.number
+    if not isinstance(number, Int):
+        return QTensor(torch.randint(0, 1 << spec.bits, weight.shape, device=device).to(torch.uint8), grid)
+    codes = torch.randint(number.low, number.high + 1, weight.shape, device=device)
+    codes = codes.to(torch.int8 if number.signed else torch.uint8)
+    if grid.zero is not None and not number.symmetric:
         grid = replace(grid, zero=torch.randint_like(grid.zero, 0, 1 << spec.bits))
     return QTensor(codes, grid)
-
-
-def spec_of(bits: int, rule: str, group: int, scale: str) -> Spec:
-    return Spec(Int(bits, rule), (1, group), scale)  # type: ignore[arg-type]
 
 
 def exact(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
@@ -79,19 +92,16 @@ def close(found: Tensor, x: Tensor, weight: QTensor, bias: Tensor | None = None)
 
 
 @pytest.mark.parametrize("shape", [(16, 128), (1, 96), (33, 192), (40, 640)], ids=str)
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_prepare_keeps_every_code_and_scale(form: tuple[int, str, int, str], shape: tuple[int, int]) -> None:
-    spec = spec_of(*form)
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_prepare_keeps_every_code_and_scale(spec: Spec, shape: tuple[int, int]) -> None:
     if shape[1] % spec.group and spec.group != -1:
         spec = replace(spec, block=(1, 32))
     weight = quantized(*shape, spec)
     codes, scale, zero = restore(prepare(weight))
-    number = spec.number
-    assert isinstance(number, Int)
-    assert torch.equal(codes, (weight.codes.int() - number.low).to(torch.uint8))
+    low, middle = (spec.number.low, 1 << (spec.bits - 1)) if isinstance(spec.number, Int) else (0, 0)
+    assert torch.equal(codes, (weight.codes.int() - low).to(torch.uint8))
     assert torch.equal(scale, weight.grid.scale)
-    expected = torch.full_like(scale, 1 << (number.bits - 1)) if weight.grid.zero is None else weight.grid.zero
-    assert torch.equal(zero, expected)
+    assert torch.equal(zero, torch.full_like(scale, middle) if weight.grid.zero is None else weight.grid.zero)
 
 
 def test_prepared_codes_take_their_bits_and_no_more() -> None:
@@ -100,6 +110,10 @@ def test_prepared_codes_take_their_bits_and_no_more() -> None:
         parts = [part for part in (prepared.low, prepared.high) if part is not None]
         assert sum(part.numel() * 32 for part in parts) == 32 * 256 * bits
         assert prepared.scale.dtype == torch.float16 and prepared.scale.numel() == 64
+    for spec in (nvfp4(), mx(E2M1)):
+        prepared = prepare(quantized(32, 256, spec))
+        assert prepared.low.numel() * 32 == 32 * 256 * 4 and prepared.high is None
+        assert prepared.scale.dtype == torch.uint8 and prepared.scale.numel() == 32 * 256 // spec.group
 
 
 def test_a_scale_for_the_whole_tensor_is_one_for_every_row() -> None:
@@ -112,6 +126,9 @@ def test_a_scale_for_the_whole_tensor_is_one_for_every_row() -> None:
     ("weight", "words"),
     [
         (QTensor(torch.zeros(4, 64, dtype=torch.uint8), Grid(Spec(NF4, (1, 64)), torch.ones(4, 1))), "codes are nf4"),
+        (quantized(4, 64, mx(E2M3)), "codes are fp6 e2m3"),
+        (quantized(4, 128, per_group(E2M1, 64)), "groups of E2M1 have 64 columns"),
+        (quantized(4, 64, per_group(E2M1, 16)), "neither E4M3 nor powers of two"),
         (quantized(4, 64, per_group(Int(5), 32)), "codes are int5"),
         (quantized(4, 96, per_group(Int(4), 48)), "groups have 48 columns"),
         (quantized(4, 768, per_group(Int(4), 384)), "groups have 384 columns"),
@@ -133,13 +150,57 @@ def test_zero_points_outside_a_byte_are_refused() -> None:
     assert "zero-points" in (refusal(weight) or "")
 
 
+def floats(spec: Spec, scale: Tensor, outer: Tensor | None = None) -> QTensor:
+    """E2M1 codes, all of them in every group, on a grid of given scales [N, G]."""
+    codes = torch.arange(spec.group).expand(*scale.shape, -1).flatten(1).to(torch.uint8) % 16
+    return QTensor(codes, Grid(spec, scale, None, outer))
+
+
+def all_sizes(rows: int) -> QTensor:
+    """NVFP4 whose scales are numbers of E4M3 from 0 to 448, subnormal ones too, as foreign files may have them."""
+    scales = torch.arange(0, 127, 3).to(torch.uint8).view(torch.float8_e4m3fn).float().repeat(rows, 1)
+    return floats(nvfp4(), scales * 0.37, torch.tensor([[0.37]]))
+
+
+def every_power(rows: int, least: int, most: int) -> QTensor:
+    """MXFP4 with all scales that a row may have, whose largest are from 2^least to 2^most."""
+    exponent = torch.linspace(least, most, rows).int()[:, None] - torch.arange(25)
+    return floats(mx(E2M1), torch.exp2(exponent.double()).float())
+
+
+def test_every_scale_of_floats_is_kept() -> None:
+    for weight in (all_sizes(3), every_power(5, -90, 90)):
+        assert torch.equal(restore(prepare(weight))[1], weight.grid.scale)
+        assert torch.equal(weight_only.values(prepare(weight)), weight.dequantize())
+
+
+def test_powers_of_two_far_from_a_rows_are_refused_unless_they_scale_zeros() -> None:
+    weight = every_power(2, 0, 3)
+    weight.grid.scale[1, 3] = 2.0**60
+    assert "about one size" in (refusal(weight) or "")
+    weight.grid.scale[1, 3] = 2.0**-127
+    assert "about one size" in (refusal(weight) or "")
+    weight.codes[1, 3 * 32 : 4 * 32] = 8  # -0
+    assert torch.equal(weight_only.values(prepare(weight)), weight.dequantize())
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_weights_are_joined_and_parted(spec: Spec) -> None:
+    one, other = quantized(32, 256, spec), quantized(48, 256, spec)
+    joined = layout.joined([prepare(one), prepare(other)])
+    assert joined.shape == (80, 256)
+    assert torch.equal(weight_only.values(joined), torch.cat([one.dequantize(), other.dequantize()]))
+    assert torch.equal(weight_only.values(joined.rows(32, 80)), other.dequantize())
+    assert joined.rows(32, 80).low.untyped_storage().data_ptr() == joined.low.untyped_storage().data_ptr()
+
+
 # --- the definition ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_definition_is_the_dequantized_weight(form: tuple[int, str, int, str], dtype: torch.dtype) -> None:
-    weight = quantized(17, 256, spec_of(*form))
+def test_the_definition_is_the_dequantized_weight(spec: Spec, dtype: torch.dtype) -> None:
+    weight = quantized(17, 256, spec)
     x, bias = torch.randn(2, 3, 256).to(dtype), torch.randn(17).to(dtype)
     found = weight_only.reference(x, prepare(weight), bias)
     assert found.shape == (2, 3, 17)
@@ -190,6 +251,19 @@ def test_plans_fit_the_device(processors: int) -> None:
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None or GPU, reason="needs g++, and runs where there is no GPU")
 
 
+FLAGS = ["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-fPIC"]
+
+
+def headers(folder: Path) -> Path:
+    """The library's headers, read once by the compiler: they are most of its work."""
+    header = folder / "library.h"
+    if not header.exists():
+        lines = (HERE / "emulated.cuh").read_text("utf8").splitlines()
+        header.write_text("\n".join(line for line in lines if line.startswith("#include <")), "utf8")
+        subprocess.run(["g++", *FLAGS, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return header
+
+
 class Emulated:
     """A kernel's source, compiled for the CPU; called like `compile.Kernel`."""
 
@@ -206,8 +280,8 @@ class Emulated:
             }}"""
         library = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         if not library.exists():
-            flags = ["-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC", "-x", "c++", "-"]
-            subprocess.run(["g++", *flags, "-o", library], input=text.encode(), check=True)
+            given = ["-include", headers(folder), "-shared", "-x", "c++", "-"]
+            subprocess.run(["g++", *FLAGS, *given, "-o", library], input=text.encode(), check=True)
         self._launch = ctypes.CDLL(str(library)).launch
         self._cluster, self._shared = dict(constants).get("CLUSTER", 1), shared
 
@@ -253,9 +327,9 @@ PLANS = [
 @needs_gcc
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_the_source_multiplies_every_format(form: tuple[int, str, int, str], dtype: torch.dtype) -> None:
-    weight = quantized(35, 640, spec_of(*form))
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_the_source_multiplies_every_format(spec: Spec, dtype: torch.dtype) -> None:
+    weight = quantized(35, 640, spec)
     prepared = prepare(weight)
     for tokens in (1, 5):
         x = torch.randn(tokens, 640).to(dtype)
@@ -291,11 +365,45 @@ def test_inputs_may_lie_anywhere() -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_the_source_dequantizes_to_the_last_bit(form: tuple[int, str, int, str]) -> None:
-    weight = quantized(35, 448 if form[2] != 128 else 384, spec_of(*form))
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_the_source_dequantizes_to_the_last_bit(spec: Spec) -> None:
+    weight = quantized(35, 448 if spec.group != 128 else 384, spec)
     for dtype in DTYPES:
         assert torch.equal(weight_only.dequantized(prepare(weight), dtype), weight.dequantize(dtype))
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_source_takes_every_scale_of_floats(dtype: torch.dtype) -> None:
+    """Alone: a group's columns are the only ones that are not zero."""
+    for weight in (all_sizes(16), every_power(16, 8, 12)):
+        assert torch.equal(weight_only.dequantized(prepare(weight), dtype), weight.dequantize(dtype))
+        groups = weight.grid.scale.shape[1]
+        x = torch.zeros(groups, groups, weight.shape[1] // groups).to(dtype)
+        x[range(groups), range(groups)] = 2.0**-6 * torch.randn(groups, x.shape[2]).to(dtype)
+        close(weight_only.product(x.flatten(1), prepare(weight), None, ALONE), x.flatten(1), weight)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [Int(8), E4M3], ids=str)
+def test_the_source_multiplies_codes_by_codes(number: Number, dtype: torch.dtype) -> None:
+    """Odd shapes; behind the weight lies what is no number."""
+    for plan in (ALONE, PLANS[1]):
+        for tokens, rows, columns in ((1, 35, 640), (17, 65, 80), (9, 16, 1040)):
+            weight = quantized(rows, columns, per_channel(number, scale="float32"))
+            if number == E4M3:
+                weight.codes[weight.codes & 127 == 127] = 0
+            memory = torch.full((rows * columns + 4096,), 127, dtype=torch.uint8)
+            memory[: rows * columns] = weight.codes.view(torch.uint8).flatten()
+            operand = codes_product.operand(weight, number)
+            codes = memory[: rows * columns].view(rows, columns).view(operand.codes.dtype)
+            x, scale = dynamic.encode(torch.randn(tokens, columns), dynamic.encoder(number, None, None, "cpu"))
+            bias = torch.randn(rows).to(dtype)
+            found = codes_product.product_of_few(x, scale, replace(operand, codes=codes), bias, dtype, plan)
+            close(found, x.double() * scale.double()[:, None], weight, bias)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -323,9 +431,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @on_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMATS, ids=str)
-def test_the_gpu_agrees_with_fp64(form: tuple[int, str, int, str], dtype: torch.dtype) -> None:
-    wide = 1152 if form[2] == -1 else 1280
+@pytest.mark.parametrize("spec", FORMATS, ids=str)
+def test_the_gpu_agrees_with_fp64(spec: Spec, dtype: torch.dtype) -> None:
+    wide = 1152 if spec.group == -1 else 1280
     cases = {
         (35, 640): (*range(1, 18), 0),
         (1, 128): (1, 7),
@@ -333,12 +441,47 @@ def test_the_gpu_agrees_with_fp64(form: tuple[int, str, int, str], dtype: torch.
         (6144, 4096): (1, 16, 64),
     }
     for (rows, columns), counts in cases.items():
-        weight = quantized(rows, columns, spec_of(*form), DEVICE)
+        weight = quantized(rows, columns, spec, DEVICE)
         for tokens in counts:
             x, prepared, bias = on_device(weight, dtype, tokens)
             close(weight_only.linear(x, prepared, bias), x, weight, bias)
         assert torch.equal(weight_only.dequantized(prepared, dtype), weight.dequantize(dtype))
     close(weight_only.linear(x, prepared), x, weight)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [Int(8), E4M3], ids=str)
+def test_codes_times_codes_on_a_gpu(number: Number, dtype: torch.dtype) -> None:
+    """Under the rule's plans and under others; E4M3 with sums of fp32 too, since its codes are multiplied as fp16."""
+    for rows, columns in ((5, 16), (35, 640), (2051, 1296), (4096, 14336)):
+        weight = quantized(rows, columns, per_channel(number, scale="float32"), DEVICE)
+        if number == E4M3:
+            weight.codes[weight.codes & 127 == 127] = 0
+        operand = codes_product.operand(weight, number)
+        bias = torch.randn(rows, device=DEVICE).to(dtype)
+        for tokens in (1, 3, 8, 9, 16):
+            how = dynamic.encoder(number, None, None, DEVICE)
+            codes, scale = dynamic.encode(torch.randn(tokens, columns, device=DEVICE).to(dtype), how)
+            x = codes.double() * scale.double()[:, None]
+            close(codes_product.product(codes, scale, operand, bias, dtype), x, weight, bias)
+            for plan in (ALONE, *PLANS):
+                close(codes_product.product_of_few(codes, scale, operand, bias, dtype, plan), x, weight, bias)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gpu_takes_every_scale_of_floats(dtype: torch.dtype) -> None:
+    for weight in (all_sizes(16).to(DEVICE), every_power(16, 8, 12).to(DEVICE)):
+        assert torch.equal(weight_only.dequantized(prepare(weight), dtype), weight.dequantize(dtype))
+        groups = weight.grid.scale.shape[1]
+        x = torch.zeros(groups, groups, weight.shape[1] // groups, device=DEVICE).to(dtype)
+        x[range(groups), range(groups)] = 2.0**-6 * torch.randn(groups, x.shape[2], device=DEVICE).to(dtype)
+        close(weight_only.linear(x.flatten(1), prepare(weight)), x.flatten(1), weight)
 
 
 @pytest.mark.gpu
@@ -355,18 +498,24 @@ def test_many_tokens_take_the_library_and_odd_columns_are_padded() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-def test_kernels_in_a_row_see_each_others_results() -> None:
+@pytest.mark.parametrize("encoded", [False, True])
+def test_kernels_in_a_row_see_each_others_results(encoded: bool) -> None:
     """A kernel may begin before the one ahead of it ends: its inputs must be there all the same, a hundred times."""
-    weight = quantized(4096, 4096, per_group(Int(4), 128), DEVICE)
+    spec = per_channel(Int(8), scale="float32") if encoded else per_group(Int(4), 128)
+    weight = quantized(4096, 4096, spec, DEVICE)
     weight.grid.scale.mul_(2.0**-3)
-    prepared = prepare(weight)
     x = torch.randn(4, 4096, device=DEVICE).bfloat16()
+    if encoded:
+        how = dynamic.encoder(Int(8), None, None, DEVICE)
+        linear = partial(codes_product.linear, how=how, weight=codes_product.operand(weight, Int(8)))
+    else:
+        linear = partial(weight_only.linear, weight=prepare(weight))
 
     def chain(x: Tensor) -> list[Tensor]:
         outputs = []
         for _ in range(4):
-            x = weight_only.linear(x, prepared) * 2.0**-2
-            x = weight_only.linear(weight_only.linear(x, prepared), prepared)
+            x = linear(x) * 2.0**-2
+            x = linear(linear(x))
             outputs.append(x)
         return outputs
 

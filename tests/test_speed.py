@@ -55,9 +55,11 @@ def test_a_gpu_measures_every_table() -> None:
     rates = (3e6, 7e8)
     rows = [
         *speed.weight_only_rows(rates, shapes=((256, 512),), tokens=(1,)),
+        *speed.float_rows(rates, shapes=((256, 512),), tokens=(1,)),
         *speed.codes_rows(rates, shapes=((256, 512),), tokens=(1, 32)),
         *speed.encoding_rows(rates, widths=(1024,), tokens=(64,)),
     ]
-    assert len(rows) == 1 + 4 + 12
+    assert len(rows) == 1 + 2 + 4 + 12
+    assert [row.work for row in rows[:3]] == ["W4A16 256→512", "NVFP4A16 256→512", "MXFP4A16 256→512"]
     assert all(row.lowbit is not None and row.lowbit > 0 and row.plain > 0 for row in rows)
-    assert [row.library is not None for row in rows[:5]] == [True, False, True, False, True]
+    assert [row.library is not None for row in rows[:7]] == [True, False, False, False, True, False, True]

@@ -17,7 +17,7 @@ from torch import Tensor
 Constants = tuple[tuple[str, int], ...]
 """Names and values that the host puts in front of a source."""
 
-PRELUDE = ("ptx.cuh", "codes.cuh")
+PRELUDE = ("ptx.cuh", "codes.cuh", "bytes.cuh")
 """What stands before every kernel."""
 _UNASKED = 48 * 1024
 """Bytes of shared memory from which on a block has to ask for it."""

@@ -11,7 +11,8 @@ __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
 
 extern "C" __global__ void __launch_bounds__(256) dequantize(
     const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
-    const u16* __restrict__ zero, uint4* __restrict__ out, int outputs, int vectors, int units, int groups, int shift) {
+    const u16* __restrict__ zero, const float* __restrict__ by_row, uint4* __restrict__ out, int outputs,
+    int vectors, int units, int groups, int shift) {
     const int lane = threadIdx.x % 32, place = blockIdx.x * 8 + threadIdx.x / 32;
     const int tile = place / units, unit = place % units;
     if (tile * 16 >= outputs) return;
@@ -21,18 +22,18 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     meet_neighbours();
 #pragma unroll
     for (int block = 0; block < 4; block++) {
-        const int group = block * GROUPS / 4, vector = unit * 16 + block * 4 + lane % 4;
-        const float2 scales = floats(codes.scale[group]);
+        const int vector = unit * 16 + block * 4 + lane % 4;
+        const float2 both = scales(codes, block / SPAN);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const u32 off = offset(codes, group, half);
-            const float by = half ? scales.y : scales.x;
+            const int row = tile * 16 + half * 8 + lane / 4;
+            if (row >= outputs || vector >= vectors) continue;
+            const u32 taken = E2M1 ? ONE : constant(codes, block / SPAN, half);
+            const float by = (half ? both.y : both.x) * (E2M1 ? by_row[row] : 1.0f);
             u32 values[4];
 #pragma unroll
-            for (int p = 0; p < 4; p++) values[p] = scaled(levels(codes, block * 4 + p, half, off), by);
-            const int row = tile * 16 + half * 8 + lane / 4;
-            if (row < outputs && vector < vectors)
-                out[row * vectors + vector] = make_uint4(values[0], values[1], values[2], values[3]);
+            for (int p = 0; p < 4; p++) values[p] = scaled(levels(codes, block * 4 + p, half, taken), by);
+            out[row * vectors + vector] = make_uint4(values[0], values[1], values[2], values[3]);
         }
     }
 }

@@ -3,7 +3,8 @@
 What bounds these kernels is instructions, not memory, so a value gets as few as will do. Tokens are moved to the
 neighbourhood of 1 by a power of two, which is exact and keeps what follows clear of overflow and of subnormal numbers.
 A quotient is its product with the scale's inverse and one correction, which rounds it correctly (Markstein 1990), and
-the bits of y + 1.5 · 2^23 are both the nearest integer and its conversion. Programs that transform stay on their
+the bits of y + 1.5 · 2^23 are both the nearest integer and its conversion. The product behind may begin at once
+(`NEXT`): it reads its weight while inputs are encoded, and waits for them then. Programs that transform stay on their
 processor and take one token after the other, so that the factors are read once.
 
 Shape letters: K features of a token, n1 x n2 = K; sides are padded to the powers of two B1 x B2.
@@ -17,9 +18,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..numerics.grid import amax_levels
 from ..numerics.spec import Int, Number
+from .compile import available
 from .dynamic import Encoder, padded
 
 _ROUND = tl.constexpr(12582912.0)
@@ -27,6 +30,8 @@ _ROUND = tl.constexpr(12582912.0)
 _BYTES, _NIBBLES, _E4M3 = (tl.constexpr(form) for form in range(3))
 _AT_ONCE = 2048
 """Features that are read at once where a token is only rounded."""
+_FEW, _WHOLE = 64, 1 << 15
+"""Tokens too few to fill a device, and the features of one that a program then holds, so that nothing is read twice."""
 _SMALL, _LARGE = (4, 4, None), (2, 8, 128)
 """Programs of a processor, warps of a program and registers of a thread, for matrices up to 64 x 64 and larger ones."""
 
@@ -78,8 +83,10 @@ def _pairs(level, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _rows(
     x_at, clip_at, codes_at, scale_at, K,
     LEVELS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr, CLIP: tl.constexpr, FORM: tl.constexpr,
-    FUSED: tl.constexpr, WHOLE: tl.constexpr, ONCE: tl.constexpr, COLUMNS: tl.constexpr,
+    FUSED: tl.constexpr, NEXT: tl.constexpr, WHOLE: tl.constexpr, ONCE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    if NEXT:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     x_at += token * K
@@ -153,8 +160,10 @@ def _mapped(
     x_at, left_at, right_at, clip_at, codes_at, scale_at, tokens, gain,
     N1: tl.constexpr, N2: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PRECISE: tl.constexpr, BFLOAT: tl.constexpr, LEVELS: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
-    CLIP: tl.constexpr, FORM: tl.constexpr, FUSED: tl.constexpr,
+    CLIP: tl.constexpr, FORM: tl.constexpr, FUSED: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
+    if NEXT:
+        gdc_launch_dependents()
     i, j = tl.arange(0, B1), tl.arange(0, B2)
     there = (i < N1)[:, None] & (j < N2)[None, :]
     place = i[:, None] * N2 + j[None, :]
@@ -205,11 +214,12 @@ def encode_rows(x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     codes, scale = _outputs(x, how.number, packed)
     width = x.shape[1]
-    columns = min(_AT_ONCE, triton.next_power_of_2(max(2, width)))
+    columns = min(_WHOLE if len(x) <= _FEW else _AT_ONCE, triton.next_power_of_2(max(2, width)))
+    warps = 8 if width > 8192 else 4
     _rows[(len(x),)](
         x, scale if how.clip is None else how.clip.float(), codes, scale, width, COLUMNS=columns,
-        WHOLE=width % columns == 0, ONCE=width <= columns, num_warps=8 if width > 8192 else 4,
-        **_format(how, packed, x.is_cuda),
+        WHOLE=width % columns == 0, ONCE=width <= columns, num_warps=min(32, max(warps, columns // 512)),
+        **_format(how, packed, x.device),
     )  # fmt: skip
     return codes, scale
 
@@ -228,7 +238,7 @@ def encode_mapped(x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor
         x, left, right, scale if how.clip is None else how.clip.float(), codes, scale, len(x), factors.gain,
         N1=factors.sizes[0], N2=factors.sizes[1], B1=b1, B2=b2, LEFT=factors.left is not None,
         RIGHT=factors.right is not None, PRECISE=x.dtype == torch.float16, BFLOAT=x.dtype == torch.bfloat16,
-        num_warps=warps, maxnreg=registers, **_format(how, packed, x.is_cuda),
+        num_warps=warps, maxnreg=registers, **_format(how, packed, x.device),
     )  # fmt: skip
     return codes, scale
 
@@ -240,7 +250,7 @@ def _outputs(x: Tensor, number: Number, packed: bool) -> tuple[Tensor, Tensor]:
     return torch.empty(len(x), width, device=x.device, dtype=kind), torch.empty(len(x), device=x.device)
 
 
-def _format(how: Encoder, packed: bool, fused: bool) -> dict[str, Any]:
+def _format(how: Encoder, packed: bool, device: torch.device) -> dict[str, Any]:
     """A format as a kernel's constants."""
     number, largest = how.number, amax_levels(how.number)
     low, high = (number.low, number.high) if isinstance(number, Int) else (-largest, largest)
@@ -250,5 +260,6 @@ def _format(how: Encoder, packed: bool, fused: bool) -> dict[str, Any]:
         "HIGHEST": float(high),
         "CLIP": how.clip is not None,
         "FORM": (_NIBBLES if packed else _BYTES if isinstance(number, Int) else _E4M3).value,
-        "FUSED": fused,
+        "FUSED": device.type == "cuda",
+        "NEXT": device.type == "cuda" and available(device.index),
     }

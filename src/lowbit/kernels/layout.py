@@ -8,57 +8,114 @@ A *tile* is 16 rows of Ŵ, a *unit* 128 of their columns; both are padded with z
 rows g and g + 8 (its *halves*) and, of every *block* of 32 columns, columns 8t to 8t + 7 as four *pairs*. A word is
 pairs of one row: even columns in its lower 16 bits, odd ones in its upper, the earlier pairs at the lower bits of each;
 words of the two halves alternate. Three bits do not divide a word: they are a plane of their lower two bits and one of
-the third.
+the third. E2M1 has its bits where one shift brings them to those of bf16.
+
+E2M1 with a scale for 16 or 32 columns (NVFP4, MXFP4) keeps a byte per group, and one fp32 factor per row for what is
+left of the scales: NVFP4's tensor scale, the order of magnitude of MX's powers of two.
 
 Shape letters: N outputs, K inputs, T tiles, U units, G scales of a row, V vectors of a lane in a unit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..numerics.qtensor import QTensor
-from ..numerics.spec import Int
+from ..numerics.scales import power_of_two
+from ..numerics.spec import E2M1, Int, Number
 
 ROWS, COLUMNS = 16, 128
 """Rows of a tile, columns of a unit."""
 WIDTHS = (2, 3, 4, 8)
+_PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14))
+"""Bits of a word's half in which E2M1's mantissa, exponent and sign lie, by pair."""
+_TOP = 8
+"""Exponent of a row's largest scale over its factor: E4M3's largest."""
+_SPREAD = 24
+"""Exponents that scales of a row may span: beyond it fp16 cannot hold their products with codes."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A weight [N, K] = s (q - z), ready for the kernels. Codes count from 0; what is symmetric has z = 2^(bits-1)."""
+    """A weight [N, K] = s (q - z), ready for the kernels. Codes count from 0; what is symmetric has z = 2^(bits-1).
+
+    E2M1 has no zero-points, and its scales are `scale` times `factor`.
+    """
 
     low: Tensor
     """The codes, of 3 bits the lower two: int32 [T, U, V, 32, 4]."""
     high: Tensor | None
     """The third of 3 bits: int32 [T, U, 32, 2]."""
     scale: Tensor
-    """fp16 where that is exact, else fp32: [T, G, 8, 2], row g of a tile beside row g + 8."""
+    """fp16 where that is exact, else fp32: [T, G, 8, 2], row g of a tile beside row g + 8. Of E2M1 uint8
+    [T, U, 8, groups in a block, 4 blocks, 2]: bits 7 to 14 of 2^7 times the scale as fp16."""
     zero: Tensor | None
     """uint8, shaped like `scale`; None where codes are symmetric."""
+    factor: Tensor | None
+    """What scales of a row are multiplied by: fp32 [N], of E2M1 only."""
     order: Tensor | None
     """Which input goes with column i, where columns are sorted by their group."""
     shape: tuple[int, int]
     bits: int
     group: int
-    """Columns that share a scale: 32, 64, 128 · 2^n, or -1 for all."""
+    """Columns that share a scale: 32, 64, 128 · 2^n, or -1 for all; of E2M1 16 or 32."""
+
+    @property
+    def number(self) -> Number:
+        """What a code is."""
+        return Int(self.bits, "asymmetric") if self.factor is None else E2M1
+
+    def rows(self, start: int, stop: int) -> Prepared:
+        """Rows [start, stop) of it, a view; both are multiples of a tile's rows, or the last."""
+        tiles = slice(start // ROWS, -(-stop // ROWS))
+        low, scale = self.low[tiles], self.scale[tiles]
+        high, zero = (None if part is None else part[tiles] for part in (self.high, self.zero))
+        factor = None if self.factor is None else self.factor[start:stop]
+        return replace(
+            self, low=low, high=high, scale=scale, zero=zero, factor=factor, shape=(stop - start, self.shape[1])
+        )
+
+
+def joined(parts: Sequence[Prepared]) -> Prepared:
+    """Weights of one format, of whole tiles, one below the other."""
+
+    def cat(each: list[Tensor | None]) -> Tensor | None:
+        there = [part for part in each if part is not None]
+        return torch.cat(there) if there else None
+
+    low, scale = torch.cat([part.low for part in parts]), torch.cat([part.scale for part in parts])
+    high, zero, factor = (cat([getattr(part, name) for part in parts]) for name in ("high", "zero", "factor"))
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    whole = replace(parts[0], low=low, high=high, scale=scale, zero=zero, factor=factor, shape=shape)
+    settle(low)
+    return whole
+
+
+def settle(weight: Tensor) -> None:
+    """Wait until a weight is there: kernels begin to read it before the work ahead of them has ended."""
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
 
 
 def refusal(weight: QTensor) -> str | None:
     """Why the kernels cannot take a weight, or None."""
-    spec, grid = weight.grid.spec, weight.grid
-    if not isinstance(spec.number, Int) or spec.bits not in WIDTHS:
-        return f"codes are {spec.number}, not integers of 2, 3, 4 or 8 bits"
+    grid, number = weight.grid, weight.grid.spec.number
+    if number != E2M1 and (not isinstance(number, Int) or number.bits not in WIDTHS):
+        return f"codes are {number}, neither integers of 2, 3, 4 or 8 bits nor E2M1"
     if grid.offset is not None:
         return "units store their least value instead of a zero-point"
     if grid.scale.shape[-2] not in (1, weight.shape[-2]):
         return "a scale spans several rows"
     group = _group(weight)
+    if number == E2M1:
+        if group not in (16, 32):
+            return f"groups of E2M1 have {group} columns, not 16 or 32"
+        return "its scales are neither E4M3 nor powers of two of about one size" if _folded(weight) is None else None
     if group not in (-1, 32, 64) and (group % COLUMNS or (group & (group - 1))):
         return f"groups have {group} columns, not 32, 64, 128 times a power of two, or the whole row"
     if grid.zero is not None and not bool(((grid.zero >= 0) & (grid.zero <= 255)).all()):
@@ -74,37 +131,45 @@ def prepare(weight: QTensor) -> Prepared:
     reason = refusal(weight)
     if reason is not None:
         raise ValueError(f"no kernel for this weight, since {reason}: use its dense copy")
-    grid, bits, group = weight.grid, weight.grid.spec.bits, _group(weight)
+    grid, bits = weight.grid, weight.grid.spec.bits
     codes = weight.codes if weight.order is None else weight.codes[:, weight.order]
     if codes.dtype == torch.int8:
         codes = codes ^ -(1 << (bits - 1)) if bits == 8 else codes + (1 << (bits - 1))
     codes = codes.view(torch.uint8)
-    codes = F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, -codes.shape[0] % ROWS))
-    scale, zero = (None if part is None else _by_tile(part, weight.shape, group) for part in (grid.scale, grid.zero))
-    assert scale is not None
-    half = scale.half()
-    prepared = Prepared(
-        _pack(codes & 3 if bits == 3 else codes, 2 if bits == 3 else bits),
-        _pack(codes >> 2, 1).squeeze(2) if bits == 3 else None,
-        half if torch.equal(half.float(), scale) else scale,
-        None if zero is None or _implied(weight) else zero.to(torch.uint8),
-        weight.order,
-        (weight.shape[0], weight.shape[1]),
-        bits,
-        group,
-    )
-    if codes.is_cuda:
-        torch.cuda.synchronize(codes.device)  # kernels begin to read a weight before the work ahead of them has ended
+    shape, group = (weight.shape[0], weight.shape[1]), _group(weight)
+    if grid.spec.number == E2M1:
+        prepared = _prepared_floats(weight, codes, shape, group)
+    else:
+        scale, zero = (None if part is None else _by_tile(part, shape, group) for part in (grid.scale, grid.zero))
+        assert scale is not None
+        half = scale.half()
+        prepared = Prepared(
+            _pack(_whole_tiles(codes & 3 if bits == 3 else codes), _shifts(2 if bits == 3 else bits, codes.device)),
+            _pack(_whole_tiles(codes >> 2), _shifts(1, codes.device)).squeeze(2) if bits == 3 else None,
+            half if torch.equal(half.float(), scale) else scale,
+            None if zero is None or _implied(weight) else zero.to(torch.uint8),
+            None,
+            weight.order,
+            shape,
+            bits,
+            group,
+        )
+    settle(codes)
     return prepared
 
 
 def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of `prepare`: codes uint8 [N, K], scales and zero-points fp32 [N, G]."""
     rows, columns = weight.shape
-    codes = _unpack(weight.low, 2 if weight.bits == 3 else weight.bits)
-    if weight.high is not None:
-        codes |= _unpack(weight.high.unsqueeze(2), 1) << 2
     groups = 1 if weight.group == -1 else columns // weight.group
+    if weight.factor is not None:
+        codes = _unpack(weight.low, _places(weight.low.device))
+        scale = (weight.scale.to(torch.int16) << 7).view(torch.float16).float() * 2.0**-7
+        scale = scale.permute(0, 5, 2, 1, 4, 3).flatten(3).flatten(0, 2)[:rows, :groups] * weight.factor[:, None]
+        return codes[:rows, :columns], scale, torch.zeros_like(scale)
+    codes = _unpack(weight.low, _shifts(2 if weight.bits == 3 else weight.bits, weight.low.device))
+    if weight.high is not None:
+        codes |= _unpack(weight.high.unsqueeze(2), _shifts(1, weight.low.device)) << 2
     zero = torch.full_like(weight.scale, 1 << (weight.bits - 1)) if weight.zero is None else weight.zero
     scale, zero = (part.float().permute(0, 3, 2, 1).flatten(0, 2)[:rows, :groups] for part in (weight.scale, zero))
     return codes[:rows, :columns], scale, zero
@@ -122,7 +187,7 @@ def _implied(weight: QTensor) -> bool:
     return isinstance(number, Int) and number.symmetric
 
 
-def _by_tile(parts: Tensor, shape: torch.Size, group: int) -> Tensor:
+def _by_tile(parts: Tensor, shape: tuple[int, int], group: int) -> Tensor:
     """What there is one of per group [N or 1, G] as [T, G, 8, 2]; groups are padded to whole units, rows to tiles."""
     per_unit = 1 if group == -1 else max(1, COLUMNS // group)
     parts = parts.expand(shape[0], -1)
@@ -130,27 +195,86 @@ def _by_tile(parts: Tensor, shape: torch.Size, group: int) -> Tensor:
     return parts.reshape(-1, 2, 8, parts.shape[1]).permute(0, 3, 2, 1).contiguous()
 
 
+def _prepared_floats(weight: QTensor, codes: Tensor, shape: tuple[int, int], group: int) -> Prepared:
+    """E2M1 codes and their scales, a byte each."""
+    folded = _folded(weight)
+    assert folded is not None
+    parts, factor = folded
+    codes = codes.where(parts.repeat_interleave(group, 1) > 0, 0)  # no byte is a bf16 number of zero
+    parts = F.pad(parts, (0, -parts.shape[1] % (COLUMNS // group), 0, -shape[0] % ROWS))
+    parts = parts.reshape(-1, 2, 8, parts.shape[1] * group // COLUMNS, 4, 32 // group)  # tile, half, g, unit, block
+    scale = parts.permute(0, 3, 2, 5, 4, 1).contiguous()
+    low = _pack(_whole_tiles(codes), _places(codes.device))
+    return Prepared(low, None, scale, None, factor, weight.order, shape, 4, group)
+
+
+def _folded(weight: QTensor) -> tuple[Tensor, Tensor] | None:
+    """Scales of E2M1 as bytes [N, G], and the factors of rows [N]; None where they are no such numbers."""
+    grid, rows = weight.grid, weight.shape[0]
+    scale = grid.scale.expand(rows, -1)
+    outer = None if grid.outer is None else grid.outer.float().expand(rows, -1)
+    found = _as_bytes(scale, outer)
+    if found is not None:
+        return found
+    codes = weight.codes if weight.order is None else weight.codes[:, weight.order]
+    used = (codes & 7 != 0).unflatten(1, (scale.shape[1], -1)).any(-1)
+    return _as_bytes(scale.where(used, 0.0), outer)  # what a format stores for groups of zeros may be of any size
+
+
+def _as_bytes(scale: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """The same of scales [N, G], relative to an outer one [N, 1] where there is one."""
+    if outer is None:
+        exponent = (scale.amax(1, keepdim=True).view(torch.int32) >> 23) - 127
+        outer = power_of_two((exponent - _TOP).clamp_min(-126))
+    elif outer.shape[1] > 1:
+        return None
+    relative = scale / outer
+    half = (relative * 2.0**7).half()
+    bits = half.view(torch.int16)
+    inside = (relative == 0) | ((relative >= 2.0 ** (_TOP - _SPREAD)) & (relative < 2.0 ** (_TOP + 1)))
+    if not inside.all() or (bits & 127).any() or not torch.equal(half.float() * 2.0**-7 * outer, scale):
+        return None
+    return (bits >> 7).to(torch.uint8), outer[:, 0].contiguous()
+
+
+def _whole_tiles(codes: Tensor) -> Tensor:
+    """Codes padded with zeros to tiles and units."""
+    return F.pad(codes, (0, -codes.shape[1] % COLUMNS, 0, -codes.shape[0] % ROWS))
+
+
 def _shifts(bits: int, device: torch.device) -> Tensor:
-    """Where the codes of a word lie: int32 [pair, even or odd]."""
+    """Where the codes of a word lie: int32 [pair, even or odd, 1]."""
     pair = torch.arange(16 // bits, dtype=torch.int32, device=device) * bits
-    return pair[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=device)
+    return (pair[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=device))[..., None]
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [16 T, 128 U] below 2^bits as int32 [T, U, V, 32, vector]."""
-    units = codes.shape[1] // COLUMNS
+def _places(device: torch.device) -> Tensor:
+    """Where the bits of a word's E2M1 codes lie, the lowest first: int32 [pair, even or odd, 4]."""
+    places = torch.tensor(_PLACES, dtype=torch.int32, device=device)
+    return torch.stack([places, places + 16], 1)
+
+
+def _pack(codes: Tensor, places: Tensor) -> Tensor:
+    """Codes uint8 [16 T, 128 U] as int32 [T, U, V, 32, vector]; equal parts of a code go to `places`."""
+    units, pairs, width = codes.shape[1] // COLUMNS, len(places), 16 // places[:, 0].numel()
+    bits = 16 // pairs
     parts = codes.view(-1, 2, 8, units, 4, 4, 4, 2)  # tile, half, g, unit, block, t, pair, even or odd
-    parts = parts.permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(-1, units, 32, 2, bits, 16 // bits, 2)
-    words = (parts.int() << _shifts(bits, codes.device)).sum((-1, -2), dtype=torch.int32)  # wraps: no bit meets another
+    parts = parts.permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(-1, units, 32, 2, bits, pairs, 2)
+    words = torch.zeros((), dtype=torch.int32, device=codes.device)
+    for i, place in enumerate(places.unbind(-1)):
+        part = (parts >> i * width & (1 << width) - 1).int()
+        words = words + (part << place).sum((-1, -2), dtype=torch.int32)  # wraps: no bit meets another
     vector = min(4, 2 * bits)
     words = words.transpose(-1, -2).reshape(-1, units, 32, 2 * bits // vector, vector)
     return words.transpose(2, 3).contiguous()
 
 
-def _unpack(words: Tensor, bits: int) -> Tensor:
+def _unpack(words: Tensor, places: Tensor) -> Tensor:
     """The inverse of `_pack`."""
-    tiles, units = words.shape[:2]
-    words = words.transpose(2, 3).reshape(tiles, units, 32, bits, 2).transpose(-1, -2)
-    parts = (words[..., None, None] >> _shifts(bits, words.device)) & ((1 << bits) - 1)
-    parts = parts.to(torch.uint8).reshape(tiles, units, 8, 4, 2, 4, 4, 2)  # g, t, half, block, pair, even or odd
+    (tiles, units), bits, width = words.shape[:2], 16 // len(places), 16 // places[:, 0].numel()
+    words = words.transpose(2, 3).reshape(tiles, units, 32, bits, 2).transpose(-1, -2)[..., None, None]
+    parts = torch.zeros((), dtype=torch.uint8, device=words.device)
+    for i, place in enumerate(places.unbind(-1)):
+        parts = parts | (words >> place & (1 << width) - 1).to(torch.uint8) << i * width
+    parts = parts.reshape(tiles, units, 8, 4, 2, 4, 4, 2)  # g, t, half, block, pair, even or odd
     return parts.permute(0, 4, 2, 1, 5, 3, 6, 7).reshape(tiles * ROWS, units * COLUMNS)

@@ -15,7 +15,7 @@ constexpr int FRAGMENTS = ROWS * TOKENS;
 
 __device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_float((u32)bits << 16) : floats(bits).x; }
 
-// Inputs of a lane: eight columns of one token of each tile of eight. Tokens and columns that do not exist are zeros.
+// Inputs of a lane: 16 bytes of one token of each tile of eight. Tokens and columns that do not exist are zeros.
 struct Inputs {
     const uint4* x;
     int tokens, vectors, first, column;  // 16-byte vectors of a row; this lane's first token and vector
@@ -34,14 +34,14 @@ struct Direct {
     int unit;
 
     __device__ __forceinline__ uint4 operator()(int block, int n) const {
-        const int vector = unit * 16 + block * 4;
+        const int vector = (unit * BLOCKS + block) * 4;
         return inputs.there(vector, n) ? *inputs.at(vector, n) : make_uint4(0, 0, 0, 0);
     }
 };
 
 // From a stage of shared memory that the warps of one unit have filled together, ahead of time.
 struct Staged {
-    uint4* stage;  // [4 blocks][TOKENS][32]
+    uint4* stage;  // [BLOCKS][TOKENS][32]
     int lane;
 
     __device__ __forceinline__ uint4 operator()(int block, int n) const {
@@ -51,9 +51,10 @@ struct Staged {
     __device__ __forceinline__ void fill(const Inputs& inputs, int unit, int units, int row_warp) const {
         if (unit < units) {
 #pragma unroll
-            for (int i = 0; i < (4 * TOKENS + ROW_WARPS - 1) / ROW_WARPS; i++) {
-                const int slot = i * ROW_WARPS + row_warp, vector = unit * 16 + slot / TOKENS * 4, n = slot % TOKENS;
-                if (4 * TOKENS % ROW_WARPS && slot >= 4 * TOKENS) break;
+            for (int i = 0; i < (BLOCKS * TOKENS + ROW_WARPS - 1) / ROW_WARPS; i++) {
+                const int slot = i * ROW_WARPS + row_warp, n = slot % TOKENS;
+                const int vector = (unit * BLOCKS + slot / TOKENS) * 4;
+                if (BLOCKS * TOKENS % ROW_WARPS && slot >= BLOCKS * TOKENS) break;
                 const bool there = inputs.there(vector, n);
                 copy(stage + slot * 32 + lane, there ? inputs.at(vector, n) : inputs.x, there);
             }
@@ -68,14 +69,36 @@ __device__ __forceinline__ void await_stage(int k_warp) {
     if (ROW_WARPS > 1) meet<ROW_WARPS * 32>(k_warp + 1);
 }
 
+#if BYTES
+typedef Sum Sums[ROWS][TOKENS][4];
+
+template <class Read>
+__device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS], const Read& read) {
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) {
+        uint4 x[TOKENS];
+#pragma unroll
+        for (int n = 0; n < TOKENS; n++) x[n] = read(block, n);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const uint4 upper = codes[r].row[0][block], lower = codes[r].row[1][block];
+            const u32 a[8] = {upper.x, lower.x, upper.y, lower.y, upper.z, lower.z, upper.w, lower.w};
+#pragma unroll
+            for (int n = 0; n < TOKENS; n++) {
+                multiply_bytes(sums[r][n], a, x[n].x, x[n].y);
+                multiply_bytes(sums[r][n], a + 4, x[n].z, x[n].w);
+            }
+        }
+    }
+}
+#else
 typedef float Sums[ROWS][TOKENS][4];
 
 template <class Read>
 __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS], const Read& read) {
-    constexpr int SPAN = 4 / GROUPS;  // blocks of 32 columns under one scale
-    Sums part;
+    Sums part;  // of a group, where its scale is not in the values
 #pragma unroll
-    for (int block = 0; block < 4; block++) {
+    for (int block = 0; block < BLOCKS; block++) {
         uint4 x[TOKENS];
 #pragma unroll
         for (int n = 0; n < TOKENS; n++) x[n] = read(block, n);
@@ -84,19 +107,19 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
             u32 a[8];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const u32 off = offset(codes[r], block / SPAN, half);
+                const u32 taken = constant(codes[r], block / SPAN, half);
 #pragma unroll
-                for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes[r], block * 4 + p, half, off);
+                for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes[r], block * 4 + p, half, taken);
             }
 #pragma unroll
             for (int n = 0; n < TOKENS; n++) {
-                float(&sum)[4] = part[r][n];
-                if (block % SPAN == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+                float(&sum)[4] = E2M1 ? sums[r][n] : part[r][n];
+                if (!E2M1 && block % SPAN == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
                 multiply(sum, a, x[n].x, x[n].y);
                 multiply(sum, a + 4, x[n].z, x[n].w);
             }
-            if (block % SPAN < SPAN - 1) continue;
-            const float2 scale = floats(codes[r].scale[block / SPAN]);
+            if (E2M1 || block % SPAN < SPAN - 1) continue;
+            const float2 scale = scales(codes[r], block / SPAN);
 #pragma unroll
             for (int n = 0; n < TOKENS; n++)
 #pragma unroll
@@ -104,6 +127,7 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
         }
     }
 }
+#endif
 
 __device__ __forceinline__ void add(float4& sum, const float4& other) {
     sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
@@ -117,16 +141,21 @@ __device__ __forceinline__ void add(float4& sum, const float4& other) {
 
 extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER product(
     const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
-    const u16* __restrict__ zero, const uint4* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y,
-    int tokens, int outputs, int vectors, int units, int groups, int shift) {
-    // inputs [K_WARPS][STAGES][4][TOKENS][32], afterwards sums [K_WARPS][FRAGMENTS][ROW_WARPS][32]
+    const u16* __restrict__ zero, const float* __restrict__ by_row, const float* __restrict__ by_token,
+    const uint4* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int outputs,
+    int vectors, int units, int groups, int shift) {
+    // inputs [K_WARPS][STAGES][BLOCKS][TOKENS][32], afterwards sums [K_WARPS][FRAGMENTS][ROW_WARPS][32]
     extern __shared__ float4 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
     const int rank = blockIdx.x % CLUSTER;
     const int tile = (blockIdx.x / CLUSTER * ROW_WARPS + row_warp) * ROWS, last = (outputs - 1) / 16;
     const int token = blockIdx.y * TOKENS * 8;
+#if BYTES
+    const Weight weight{low, outputs, vectors};
+#else
     const Weight weight{low, high, scale, zero, units, groups, shift};
+#endif
     const Inputs inputs{x, tokens, vectors, token + lane / 4, lane % 4};
 
     constexpr int STEP = CLUSTER * K_WARPS;
@@ -141,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER 
     for (int d = 0; d < DEPTH; d++) fetch(ring[d], begin + d * STEP);
     meet_neighbours();
     const auto stage = [&](int i) {
-        return Staged{reinterpret_cast<uint4*>(shared) + (k_warp * STAGES + i) * 4 * TOKENS * 32, lane};
+        return Staged{reinterpret_cast<uint4*>(shared) + (k_warp * STAGES + i) * BLOCKS * TOKENS * 32, lane};
     };
     for (int i = 0; i < STAGES - 1; i++) stage(i).fill(inputs, begin + i * STEP, units, row_warp);
     int now = 0;
@@ -167,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER 
     if (STAGES) __syncthreads();  // the sums take the inputs' place
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
-        const float(&sum)[4] = sums[f / TOKENS][f % TOKENS];
+        const auto& sum = sums[f / TOKENS][f % TOKENS];
         shared[((k_warp * FRAGMENTS + f) * ROW_WARPS + row_warp) * 32 + lane] =
             make_float4(sum[0], sum[1], sum[2], sum[3]);
     }
@@ -182,7 +211,8 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER 
     for (int f = rank + CLUSTER * k_warp; f < FRAGMENTS; f += STEP) {
         const float4* mine = shared + (f * ROW_WARPS + row_warp) * 32 + lane;
         float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
+// all 16 at once would take more registers than all the work before
+#pragma unroll 8
         for (int part = 0; part < (CLUSTER > 1 ? CLUSTER : K_WARPS); part++)
             add(sum, CLUSTER > 1 ? peek(mine, part) : mine[part * FRAGMENTS * ROW_WARPS * 32]);
         const float values[4] = {sum.x, sum.y, sum.z, sum.w};
@@ -191,7 +221,13 @@ extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER 
             const int row = (tile + f / TOKENS) * 16 + lane / 4 + i / 2 * 8;
             const int to = token + f % TOKENS * 8 + lane % 4 * 2 + i % 2;
             if (row >= outputs || to >= tokens) continue;
-            y[to * outputs + row] = (u16)packed(values[i] + (BIAS ? exact(bias[row]) : 0.0f), 0.0f);
+            float value = values[i];
+#if BYTES
+            value = value * by_token[to] * by_row[row];
+#elif E2M1
+            value = value * FOLDED * by_row[row];
+#endif
+            y[to * outputs + row] = (u16)packed(value + (BIAS ? exact(bias[row]) : 0.0f), 0.0f);
         }
     }
     if (CLUSTER > 1) meet_cluster();  // nobody leaves while its sums are being read

@@ -24,6 +24,16 @@ __device__ __forceinline__ u32 minus(u32 a, u32 b) {  // two 16-bit floats at on
     return d;
 }
 
+__device__ __forceinline__ u32 times(u32 a, u32 b) {  // likewise; subnormal numbers count
+    u32 d;
+#if BFLOAT
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000));
+#else
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+    return d;
+}
+
 // (bits & mask) | power in one instruction, of which the compiler makes two: it has room for one constant only and will
 // not keep the other in a register by itself.
 __device__ __forceinline__ u32 with_power(u32 bits, u32 mask, u32 power) {
@@ -49,6 +59,19 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32* a, u32 b0, 
 #else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #endif
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of mma.m16n8k32 for codes of 8 bits, four to a register: int8 with exact sums, E4M3 with those of fp32.
+__device__ __forceinline__ void multiply_bytes(int (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_bytes(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

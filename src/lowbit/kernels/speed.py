@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..numerics.grid import fit_range
 from ..numerics.maps import Hadamard, Kronecker, kronecker_sizes, random_orthogonal
 from ..numerics.qtensor import QTensor
-from ..numerics.spec import E4M3, Int, Number, Spec, per_channel, per_group
+from ..numerics.spec import E2M1, E4M3, Int, Number, Spec, mx, nvfp4, per_channel, per_group
 from . import codes_product, dynamic, weight_only
 from .compile import available
 from .layout import Prepared, prepare
@@ -33,6 +33,8 @@ WIDTHS = (4096, 14336)
 """Features of the inputs of its linears."""
 MANY = 2048
 """Tokens of a prompt."""
+FLOATS = {"NVFP4": nvfp4(), "MXFP4": mx(E2M1)}
+"""Formats of weights of 4-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,30 @@ def weight_only_rows(
                 yield weight_only_row(x, weight, rates)
 
 
+def float_rows(
+    rates: tuple[float, float], shapes: Sequence[tuple[int, int]] = LLAMA_8B, tokens: Sequence[int] = (1, 16)
+) -> Iterator[Row]:
+    """The same with weights of 4-bit floats, in bf16."""
+    for inputs, outputs in shapes:
+        for spec in FLOATS.values():
+            weight = quantized(outputs, inputs, spec)
+            for count in tokens:
+                yield weight_only_row(torch.randn(count, inputs, device="cuda").bfloat16(), weight, rates)
+
+
 def weight_only_row(x: Tensor, weight: QTensor, rates: tuple[float, float]) -> Row:
     """One of them, torch's own int4 operator beside it where it takes the format."""
-    (count, inputs), outputs, bits = x.shape, weight.shape[0], weight.grid.spec.bits
+    (count, inputs), outputs, spec = x.shape, weight.shape[0], weight.grid.spec
     weights = copies(prepare(weight))
     rivals: list[list[Call]] = [dense(x, outputs), [partial(weight_only.linear, x, each) for each in weights]]
     group = inputs // weight.grid.scale.shape[1]
-    if bits == 4 and x.dtype == torch.bfloat16 and group in (32, 64, 128, 256) and count <= weight_only.FEW:
+    known = isinstance(spec.number, Int) and spec.bits == 4 and group in (32, 64, 128, 256)
+    if known and x.dtype == torch.bfloat16 and count <= weight_only.FEW:
         rivals.append(torch_int4(x, outputs, group))
     plain, ours, *theirs = microseconds(*rivals)
     limit = max(size(weights[0]) / rates[0], 2 * count * outputs * inputs / rates[1])
-    return Row(f"W{bits}A16 {inputs}→{outputs}", count, limit, plain, theirs[0] if theirs else None, ours)
+    name = next((f"{name}A16" for name, each in FLOATS.items() if each == spec), f"W{spec.bits}A16")
+    return Row(f"{name} {inputs}→{outputs}", count, limit, plain, theirs[0] if theirs else None, ours)
 
 
 def quantized(outputs: int, inputs: int, spec: Spec) -> QTensor:
@@ -165,7 +180,7 @@ def copies(weight: Prepared) -> list[Prepared]:
 
 def size(weight: Prepared) -> int:
     """Bytes of a weight."""
-    parts = (weight.low, weight.high, weight.scale, weight.zero)
+    parts = (weight.low, weight.high, weight.scale, weight.zero, weight.factor)
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
@@ -185,7 +200,7 @@ def torch_int4(x: Tensor, outputs: int, group: int) -> list[Call]:
 def codes_rows(
     rates: tuple[float, float],
     shapes: Sequence[tuple[int, int]] = LLAMA_8B[1:],
-    tokens: Sequence[int] = (1, 128, MANY),
+    tokens: Sequence[int] = (1, 16, 128, MANY),
 ) -> Iterator[Row]:
     """W8A8, encoding of the inputs included: torch's own product stands beside it with our encoding added to it."""
     for inputs, outputs in shapes:
@@ -278,6 +293,7 @@ def by_steps(x: Tensor, how: dynamic.Encoder) -> tuple[Tensor, Tensor]:
 
 TABLES: dict[str, Callable[[tuple[float, float]], Iterator[Row]]] = {
     "weights in codes, inputs in 16 bits": weight_only_rows,
+    "weights in floats of 4 bits, inputs in 16 bits": float_rows,
     "weights and inputs in codes": codes_rows,
     "inputs to codes": encoding_rows,
 }

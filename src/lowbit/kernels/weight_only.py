@@ -1,4 +1,4 @@
-"""y = x Ŵᵀ + b for 16-bit inputs and integer weights of 2, 3, 4 or 8 bits (W4A16 and its kin).
+"""y = x Ŵᵀ + b for 16-bit inputs and weights in integers of 2, 3, 4 or 8 bits, NVFP4 or MXFP4 (W4A16 and its kin).
 
 Up to `FEW` tokens, the weights' bytes are what takes the time, and `product.cu` reads them once, as codes. For more,
 the library's product on a scratch copy in 16 bits is faster than anything that multiplies codes, and the copy costs a
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..numerics.grid import to_values
 from .compile import Constants, available, compiled
 from .layout import COLUMNS, Prepared, restore
 
@@ -88,7 +89,7 @@ def reference(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor
 def values(weight: Prepared) -> Tensor:
     """Ŵ [N, K] in fp32, columns in the order in which they are prepared."""
     codes, scale, zero = restore(weight)
-    levels = codes.float().unflatten(1, (scale.shape[1], -1)) - zero[..., None]
+    levels = to_values(codes.unflatten(1, (scale.shape[1], -1)), weight.number, zero[..., None])
     return (levels * scale[..., None]).flatten(1)
 
 
@@ -105,27 +106,49 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
 
 def plan(tokens: int, weight: Prepared) -> Plan:
     """How to share out a product of a number of tokens on the weight's device."""
-    processors = torch.cuda.get_device_properties(weight.low.device).multi_processor_count
-    return _plan(-(-tokens // _TOKENS), weight.low.shape[0], weight.low.shape[1], processors)
+    return plan_for(tokens, weight.low.shape[0], weight.low.shape[1], weight.low.device)
+
+
+def plan_for(tokens: int, tiles: int, units: int, device: torch.device) -> Plan:
+    """The same for a weight of so many tiles of rows and units of columns."""
+    return _plan(-(-tokens // _TOKENS), tiles, units, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
     """x [M, K] Ŵᵀ + b on codes, under a plan."""
-    tokens, inputs = x.shape
-    x = (F.pad(x, (0, -inputs % 8)) if inputs % 8 else x).contiguous()
-    if x.data_ptr() % 16:
-        x = x.clone()  # it is read 16 bytes at a time
-    y = torch.empty(tokens, weight.shape[0], device=x.device, dtype=x.dtype)
-    constants = (*_format(weight, x.dtype), ("BIAS", int(bias is not None)), *how.constants())
-    kernel = compiled("product", constants, x.device.index, how.shared)
-    blocks = -(-weight.low.shape[0] // (how.rows * how.row_warps)) * how.cluster
-    sizes = [tokens, weight.shape[0], x.shape[1] // 8, *_counts(weight)]
-    kernel(
-        (blocks, -(-tokens // (how.tokens * _TOKENS))),
-        32 * how.row_warps * how.k_warps,
-        [*_tensors(weight), x, x if bias is None else bias, y, *sizes],
-    )
+    inputs = x.shape[1]
+    x = aligned(F.pad(x, (0, -inputs % 8)) if inputs % 8 else x)
+    y = torch.empty(len(x), weight.shape[0], device=x.device, dtype=x.dtype)
+    tensors = [*_tensors(weight), weight.low]  # no factor per token
+    start(_format(weight, x.dtype), tensors, x, bias, y, _counts(weight), weight.low.shape[0], how)
     return y
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The same contiguous tensor, where it can be read 16 bytes at a time."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def start(
+    form: Constants,
+    weight: list[Tensor],
+    x: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    counts: list[int],
+    tiles: int,
+    how: Plan,
+) -> None:
+    """Start `product.cu` on the pointers and counts of a weight of so many tiles of rows."""
+    constants = (*form, ("BIAS", int(bias is not None)), *how.constants())
+    kernel = compiled("product", constants, x.device.index, how.shared)
+    (tokens, outputs), vectors = y.shape, x.shape[1] * x.element_size() // 16
+    kernel(
+        (-(-tiles // (how.rows * how.row_warps)) * how.cluster, -(-tokens // (how.tokens * _TOKENS))),
+        32 * how.row_warps * how.k_warps,
+        [*weight, x, x if bias is None else bias, y, tokens, outputs, vectors, *counts],
+    )
 
 
 @cache
@@ -152,7 +175,9 @@ def _plan(tokens: int, tiles: int, units: int, processors: int) -> Plan:
 def _format(weight: Prepared, dtype: torch.dtype) -> Constants:
     """What both kernels are compiled with."""
     return (
+        ("BYTES", 0),
         ("BITS", weight.bits),
+        ("E2M1", int(weight.factor is not None)),
         ("BFLOAT", int(dtype == torch.bfloat16)),
         ("ZERO", int(weight.zero is not None)),
         ("WIDE", int(weight.scale.dtype == torch.float32)),
@@ -162,7 +187,8 @@ def _format(weight: Prepared, dtype: torch.dtype) -> Constants:
 
 def _tensors(weight: Prepared) -> list[Tensor]:
     """Pointers of a weight; the codes stand for what is not there and not looked at."""
-    return [weight.low, *(weight.low if part is None else part for part in (weight.high, weight.scale, weight.zero))]
+    parts = (weight.high, weight.scale, weight.zero, weight.factor)
+    return [weight.low, *(weight.low if part is None else part for part in parts)]
 
 
 def _counts(weight: Prepared) -> list[int]:

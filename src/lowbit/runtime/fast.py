@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import count
 from weakref import WeakValueDictionary
@@ -46,6 +46,9 @@ class FastLinear(nn.Module):
         if layer.input_map is not None:
             self.formats += f", input map {layer.input_map.describe()}"
         self.register_buffer("bias", None if bias is None else bias.to(device, dtype), persistent=False)
+        self.dtype = dtype
+        self.merged: Merged | None = None
+        self.index = 0
         self.number = next(_NUMBERS)
         _LAYERS[self.number] = self
 
@@ -55,7 +58,7 @@ class FastLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs [..., I] to outputs [..., O]."""
-        return _run(self, x)
+        return _run(self, x) if self.merged is None else self.merged.part(self.index, x)
 
     @property
     @abstractmethod
@@ -70,16 +73,13 @@ class FastLinear(nn.Module):
 class Merged:
     """Linears that share an input as one (`siblings`): the first that is called computes for all."""
 
-    def __init__(self, codes: layout.Prepared, bias: Tensor | None, sizes: list[int]) -> None:
-        self.codes, self.bias, self.sizes = codes, bias, sizes
+    def __init__(self, compute: Callable[[Tensor], Tensor], sizes: list[int]) -> None:
+        self.compute, self.sizes = compute, sizes
+        """Inputs [..., I] to the outputs of all, side by side, and how many are whose."""
         self.number, self.out_features = next(_NUMBERS), sum(sizes)
         self._input: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
         _LAYERS[self.number] = self
-
-    def compute(self, x: Tensor) -> Tensor:
-        """Inputs [..., I] to the outputs of all, side by side."""
-        return weight_only.linear(x, self.codes, self.bias)
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The outputs of one for inputs that it has in common with the others, as far as it was called after them."""
@@ -98,12 +98,6 @@ class WeightOnlyLinear(FastLinear):
         super().__init__(layer, bias, dtype, device)
         self.codes = layout.prepare(layer.weight.parts[0].to(device))
         self.input_map = None if layer.input_map is None else layer.input_map.to(device)
-        self.dtype = dtype
-        self.merged: Merged | None = None
-        self.index = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.merged is None else self.merged.part(self.index, x)
 
     def compute(self, x: Tensor) -> Tensor:
         return weight_only.linear(x if self.input_map is None else self.input_map.apply(x), self.codes, self.bias)
@@ -126,16 +120,20 @@ class CodesLinear(FastLinear):
         assert layer.activation is not None
         self.encoder = dynamic.encoder(layer.activation.number, layer.input_map, layer.input_clip, device)
         self.codes = codes_product.operand(layer.weight.parts[0].to(device), layer.activation.number)
-        self.dtype = dtype
 
     def compute(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("codes have no gradients: load the model with fast=False to differentiate through it")
-        return codes_product.linear(x, self.encoder, self.codes, self.bias)
+        return multiplied(x, self.encoder, self.codes, self.bias)
 
     @property
     def weight(self) -> Tensor:
         return (self.codes.codes.float() * self.codes.scale[:, None]).to(self.dtype)
+
+
+def multiplied(x: Tensor, how: dynamic.Encoder, codes: codes_product.Operand, bias: Tensor | None) -> Tensor:
+    """`codes_product.linear`, which has no gradients. Raises ValueError where one is asked for."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("codes have no gradients: load the model with fast=False to differentiate through it")
+    return codes_product.linear(x, how, codes, bias)
 
 
 class ReferenceLinear(QLinear):
