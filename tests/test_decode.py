@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lowbit
+from lowbit.modules.attention import as_cache
 from lowbit.runtime import decode
+from lowbit.runtime.cache import quantized_cache
 from lowbit.runtime.decode import Decoder, decodable, end_tokens
 
 GPU = torch.cuda.is_available()
@@ -28,10 +31,10 @@ def prompts(model: PreTrainedModel, batch: int, length: int) -> Tensor:
     return torch.randint(4, model.config.vocab_size, (batch, length), device=DEVICE)
 
 
-def by_transformers(model: PreTrainedModel, ids: Tensor, tokens: int) -> Tensor:
+def by_transformers(model: PreTrainedModel, ids: Tensor, tokens: int, cache: Any = None) -> Tensor:
     return model.generate(  # type: ignore[no-any-return]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
-        pad_token_id=0,
+        pad_token_id=0, **as_cache(model, cache),
     )  # fmt: skip
 
 
@@ -85,13 +88,19 @@ def test_temperature_draws_from_the_softmax() -> None:
     assert torch.equal(cold, by_transformers(model, ids[:1], 2))
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused() -> None:
     model = model_of("llama")
     with pytest.raises(ValueError, match="7 and 6 tokens are more than 12: ask for fewer"):
         Decoder(model, 12)(prompts(model, 1, 7), 6)
     assert not decodable(model_of("gemma3"))  # slides
+
+
+def test_a_loaded_models_codes_are_decodable(tmp_path: Path) -> None:
     lowbit.quantize("demo", "rtn-w4a16k4v4", tmp_path / "kv")
-    assert not decodable(lowbit.load(tmp_path / "kv"))
+    model = lowbit.load(tmp_path / "kv", device=DEVICE, dtype=torch.float32)
+    assert decodable(model)
+    ids = prompts(model, 2, 5)
+    assert torch.equal(Decoder(model, 16)(ids, 11), by_transformers(model, ids, 11, quantized_cache(model)))
 
 
 def test_end_tokens() -> None:

@@ -52,6 +52,8 @@ class LayerKV:
         self._seen: list[tuple[Tensor, Tensor] | None] = [None, None]
         self.cached = False
         """Whether the module's last call came with a cache that stores codes itself."""
+        self.held: Any = None
+        """The layer of a cache that attention may ask for what its token sees, instead of taking keys and values."""
         self.key_width = 0
         """Width of the keys of the module's last call."""
 
@@ -213,6 +215,11 @@ def detach(attention: nn.Module) -> None:
         getattr(attention, _HANDLE).remove()
         delattr(attention, _ATTACHED)
         delattr(attention, _HANDLE)
+
+
+def attached_to(attention: nn.Module) -> LayerKV | None:
+    """The quantizers of one attention module, None where it has none."""
+    return getattr(attention, _ATTACHED, None)
 
 
 def attached(module: nn.Module) -> dict[str, LayerKV]:

@@ -4,7 +4,8 @@ At batch 1 a step is a thousand small operations, and starting them from Python 
 what `generate` of transformers does between two steps. Here the cache has its full length from the beginning, the next
 token is chosen on the device, and a step is recorded as one CUDA graph at its third call (`numerics.replay`), which the
 following ones replay. Whether a text has ended is looked at every few tokens only. What cannot be recorded runs
-operation by operation, on a CPU everything does, and the text is the same.
+operation by operation, on a CPU everything does, and the text is the same. Keys and values of few bits are kept as
+codes (`fixed`), and attention reads those.
 
 `compiled` also lets torch.compile fuse what lies between the products: more tokens per second, after a minute or so.
 
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import attend, fits
-from ..modules.attention import as_cache, attached
+from ..modules.attention import as_cache, attached, attached_to
 from ..numerics.replay import Replayed
+from .fixed import Layer, fixed_cache
 from .siblings import merge
 
 if TYPE_CHECKING:
@@ -35,10 +37,13 @@ LOOK = 16
 
 
 def decodable(model: PreTrainedModel) -> bool:
-    """Whether a model's keys and values fit a cache of fixed length: full attention, kept in 16 or 32 bits."""
+    """Whether a model's keys and values fit a cache of fixed length: full attention, with ranges that are known."""
+    from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
-    return not attached(model) and all(type(layer) is StaticLayer for layer in _cache(model, 1).layers)
+    plain = StaticCache(config=model.config.get_text_config(), max_cache_len=1)
+    known = not any(layer.watching for layer in attached(model).values())
+    return known and all(type(layer) is StaticLayer for layer in plain.layers)
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -90,14 +95,21 @@ class Decoder:
         else:
             self._batch, self._cache = len(ids), _cache(self.model, self.length)
             self._step = Replayed(self._decode, self.model.device)
-        if self._merged:
+        if not self._merged:
+            self._merged = True
+            return merge(self.model, lambda: self._read(ids))
+        return self._read(ids)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """The token behind a prompt."""
+        if not attached(self.model):
             return self._next(ids)
-        self._merged = True
-        return merge(self.model, lambda: self._next(ids))
+        with one_token(self.model, self._cache):  # lets the cache see how it is attended to
+            return self._next(ids)
 
     def _decode(self, _kind: object, token: Tensor) -> tuple[Tensor]:
         """The step that is recorded."""
-        with one_token(self.model):
+        with one_token(self.model, self._cache):
             return (self._one(token),)
 
     def _next(self, ids: Tensor) -> Tensor:
@@ -110,13 +122,18 @@ class Decoder:
 
 
 @contextmanager
-def one_token(model: PreTrainedModel) -> Iterator[None]:
-    """Let attention of single tokens read keys and values once for all heads, where it would otherwise be `sdpa`."""
+def one_token(model: PreTrainedModel, cache: Any) -> Iterator[None]:
+    """Let attention of single tokens read keys and values once for all heads, where it would otherwise be `sdpa`; and
+    let it read the codes of a cache that has them.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
     before = config._attn_implementation
+    layers = attached(model)
+    for path, layer in layers.items():
+        layer.held = cache.layers[model.get_submodule(path).layer_idx]
     if before == "sdpa":
         AttentionInterface.register(ATTENTION, _attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
@@ -125,6 +142,8 @@ def one_token(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+        for layer in layers.values():
+            layer.held = None
 
 
 def _attention(
@@ -135,6 +154,12 @@ def _attention(
 
     scale = options.get("scaling")
     plain = not any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias"))
+    layer = attached_to(module)
+    held: Layer | None = None if layer is None else layer.held
+    if held is not None and held.meets(key, value):
+        if plain and scale is not None:
+            return held.attend(query, mask, scale).transpose(1, 2), None
+        key, value = held.read(key.dtype)
     if not plain or scale is None or not fits(query, key, value, mask):
         return sdpa_attention_forward(module, query, key, value, mask, **options)  # type: ignore[no-any-return]
     return attend(query, key, value, mask, scale).transpose(1, 2), None
@@ -144,4 +169,6 @@ def _cache(model: PreTrainedModel, length: int) -> Any:
     """A cache that holds so many tokens from the beginning."""
     from transformers import StaticCache
 
+    if attached(model):
+        return fixed_cache(model, length)
     return StaticCache(config=model.config.get_text_config(), max_cache_len=length)
