@@ -110,6 +110,7 @@ class Experts(nn.Module):
         slices = hidden_states[order // width].split(counts)
         output = torch.cat([self[index](x, activation) for index, x in enumerate(slices) if len(x)])
         output = (output if norm is None else norm(output)) * top_k_weights.reshape(-1)[order, None]
-        placed = output.new_zeros(len(routes), output.shape[-1], dtype=torch.promote_types(output.dtype, torch.float32))
-        placed[order] = output.to(placed.dtype)
-        return placed.unflatten(0, (-1, width)).sum(1).to(hidden_states.dtype)
+        placed = output.new_zeros(len(routes), output.shape[-1])
+        placed[order] = output
+        total = placed.unflatten(0, (-1, width)).sum(1, dtype=torch.promote_types(output.dtype, torch.float32))
+        return total.to(hidden_states.dtype)
