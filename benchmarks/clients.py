@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -106,9 +107,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": {"query_pre_attn_scalar": 64, "sliding_window": 512},
 }
-EMULATED = slice(0, 1), slice(0, 64)
-"""Windows and tokens of what vLLM is given in FP8, which on a CPU it multiplies number by number: 64 tokens of a model
-of 33 million weights take minutes."""
+SQUARES = 'scheme.weights={"format":"fp8-e4m3","block":[128,128]} scheme.activations.group=128'
+"""DeepSeek-V3's FP8, which is the one whose experts vLLM has kernels for on CPUs (those with AMX)."""
+OF_FAMILIES: dict[str, dict[str, Formats]] = {"mixtral": {f"rtn-fp8 {SQUARES}": {"compressed-tensors": ("vllm",)}}}
+"""Recipes for one family alone, after those for all of them."""
+RENAMED = ("mixtral", "gptqmodel")
+"""Family and client that look the experts up by transformers' names, not the checkpoint's."""
+FEW: dict[str, tuple[slice, slice]] = {"vllm": (slice(0, 1), slice(0, 64)), "mlx": (slice(0, 2), slice(None))}
+"""Windows and tokens that a client is given where it is slow on a CPU: vLLM in FP8 with a range per row, which it
+multiplies number by number (64 tokens of a model of 33 million weights take minutes), and MLX always."""
 SAMPLES, LENGTH = 32, 512
 """Of the calibration text."""
 KEYS = ("model", "recipe", "format", "client")
@@ -144,7 +151,8 @@ def main() -> None:
 
 def rows(trained: str) -> Iterator[tuple[str, ...]]:
     """(model, recipe, format, client) of every row, in the order of the table."""
-    for model, recipes in ((trained, TRAINED), *((family, RANDOM) for family in FAMILIES)):
+    families = [(family, RANDOM | OF_FAMILIES.get(family, {})) for family in FAMILIES]
+    for model, recipes in ((trained, TRAINED), *families):
         for recipe, formats in recipes.items():
             for form, clients in formats.items():
                 yield from ((model, recipe, form, client) for client in clients)
@@ -174,20 +182,21 @@ class Bench:
 
     def measure(self, model: str, recipe: str, form: str, client: str) -> dict[str, Any]:
         """Quantize and export what is not there yet, and verify it in the client."""
-        run = self.work / f"{model} {recipe}".replace(" ", "_").replace("=", "-")
-        target = run.with_name(f"{run.name}@{form}")
+        run = self.work / re.sub(r"[^\w.+-]", "", f"{model} {recipe}".replace(" ", "_").replace("=", "-"))
+        names = "transformers" if (model, client) == RENAMED else "checkpoint"
+        target = run.with_name(f"{run.name}@{form}" + ("-renamed" if names == "transformers" else ""))
         try:
             self.quantize(model, recipe, run)
             if not target.exists():
-                lowbit.export(run, target, format=form)
+                lowbit.export(run, target, format=form, names=names)
         except ValueError as error:
             return {"refused": str(error)}
         windows = self.text if model == self.arguments.model.name else self.random
-        windows = windows[EMULATED] if client == "vllm" and "fp8" in recipe else windows
+        windows = windows[FEW[client]] if client == "mlx" or (client, recipe) == ("vllm", "rtn-fp8") else windows
         with interpreter(form, client):
             found = verify(client, target, self.load(run), windows, planned=planned(run, base.find(form)))
         message = found.message.replace(f"{self.work.resolve()}/", "")
-        return asdict(found) | {"message": message, "windows": list(windows.shape)}
+        return asdict(found) | {"message": message, "windows": list(windows.shape), "names": names}
 
     def quantize(self, model: str, recipe: str, run: Path) -> None:
         """A recipe's name, then settings of it and the target, with `=`. A finished run is left as it is."""
@@ -247,7 +256,9 @@ def print_table(found: Sequence[Mapping[str, Any]]) -> None:
     for row in found:
         reasons = [row["refused"]] if "refused" in row else list(row["remarks"])
         if row.get("windows", usual) != usual:
-            reasons.append(f"on {row['windows'][0]} window of {row['windows'][1]} tokens")
+            reasons.append(f"on {row['windows'][0]} x {row['windows'][1]} tokens")
+        if row.get("names") == "transformers":
+            reasons.append("exported with --names transformers")
         verdict = "refused" if "refused" in row else row["message"].split(":")[0]
         if verdict not in ("verified", "refused"):
             reasons = [shorten(row["message"].split(" (in ")[0].removeprefix(f"{verdict}: "), 300, placeholder=" …")]

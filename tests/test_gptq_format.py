@@ -12,6 +12,7 @@ import pytest
 import torch
 from exported import (
     LINEARS,
+    LLAMA,
     Answer,
     Run,
     call,
@@ -27,7 +28,10 @@ from exported import (
     tensors_of,
     windows,
 )
+from families import build
+from tiny import tokenizer
 
+import lowbit
 from lowbit.formats import base, grouped
 from lowbit.formats import gptq as form
 from lowbit.graph.skeleton import build_skeleton
@@ -392,12 +396,36 @@ def test_checkpoints_with_names_of_their_own(tmp_path: Path) -> None:
 
     told = form.export_directory(run.path, tmp_path / "out", run.skeleton, names)
     down = "model.layers.0.mlp.down_proj"
-    assert f"GPTQModel 7.6 does not find model.layers.0.ffn.w2, which it and transformers call {down}" in "".join(told)
+    assert f"GPTQModel 7.6 looks model.layers.0.ffn.w2 up as {down}" in "".join(told)
     stated = json.loads((tmp_path / "out" / "quantize_config.json").read_text("utf8"))
     for name in ("model.layers.1.ffn.w3", "model.layers.1.mlp.up_proj"):
         assert overrides(stated, name) is False
     assert {"model.layers.1.ffn.w2", "model.layers.1.mlp.down_proj"} < set(stated["modules_in_block_to_quantize"][0])
     assert "model.layers.0.ffn.w2.qweight" in tensors_of(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("named", "router", "expert"),
+    [
+        ("checkpoint", "block_sparse_moe.gate", "block_sparse_moe.experts.3.w1"),
+        ("transformers", "mlp.gate", "mlp.experts.3.gate_proj"),
+    ],
+)
+def test_experts_are_named_for_the_client_that_is_asked_for(
+    named: str, router: str, expert: str, tmp_path: Path
+) -> None:
+    build("mixtral").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer(128).save_pretrained(tmp_path / "model")
+    run = lowbit.quantize(tmp_path / "model", "rtn-w4a16-g32", tmp_path / "run").path
+    told: list[str] = []
+    lowbit.export(run, tmp_path / "out", format="gptq", names=named, notice=told.append)
+    assert {f"model.layers.1.{router}.weight", f"model.layers.1.{expert}.qweight"} < tensors_of(tmp_path / "out").keys()
+    assert any("--names transformers" in text for text in told) == (named == "checkpoint")
+    assert any("reads no GPTQ or AWQ into it" in text for text in told)
+    with pytest.raises(ValueError, match=r"only GPTQModel .* use --format gptq or awq"):
+        lowbit.export(run, tmp_path / "other", names="transformers")
+    with pytest.raises(ValueError, match="--names llama"):
+        lowbit.export(run, tmp_path / "other", format="gptq", names="llama")
 
 
 def test_bad_directories(tmp_path: Path) -> None:
@@ -422,7 +450,22 @@ CLIENT_CASES: dict[str, dict[str, Spec | None]] = {
     "w4-channel": {LINEARS: per_channel(Int(4))},
     "w8": {LINEARS: grouped_by(8), "lm_head": grouped_by(8)},
     "mixed": MIXED,
+    "experts": {LINEARS: grouped_by(4)},
 }
+
+
+def mixture():  # type: ignore[no-untyped-def]
+    from transformers import MixtralConfig
+
+    return MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2)
+
+
+def halves(name: str) -> list[tuple[str, slice]]:
+    """The tensors of a Mixtral's checkpoint."""
+    if ".gate_up_proj." not in name:
+        return [(name, slice(None))]
+    width = LLAMA["intermediate_size"]
+    return [(name.replace("gate_up_proj", w), slice(i * width, (i + 1) * width)) for i, w in enumerate(("w1", "w3"))]
 
 
 @pytest.fixture(scope="module")
@@ -431,8 +474,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     place, made = tmp_path_factory.mktemp("gptq"), {}
     for case, formats in CLIENT_CASES.items():
         torch.manual_seed(0)
-        made[case] = make_run(place / case, llama(), formats, ordered="*.q_proj")
-        form.export_directory(made[case].path, place / f"{case}-out", made[case].skeleton)
+        config = mixture() if case == "experts" else llama()
+        made[case] = make_run(place / case, config, formats, ordered="*.q_proj")
+        form.export_directory(made[case].path, place / f"{case}-out", made[case].skeleton, base.by_modules(halves))
     return made
 
 

@@ -21,7 +21,7 @@ import lowbit
 from lowbit.formats import modelopt as form
 from lowbit.formats.files import read_shard, write_json, write_shard
 from lowbit.formats.foreign import foreign_config
-from lowbit.formats.modelopt_config import mirrored, quantization, settings_in
+from lowbit.formats.modelopt_config import mirrored, of_experts, quantization, settings_in
 from lowbit.numerics.grid import Grid, fit_range
 from lowbit.numerics.kv import KV, Affine
 from lowbit.numerics.qtensor import QAttention, QLayer, QTensor, QWeight
@@ -241,6 +241,10 @@ def test_notices() -> None:
     assert "E4M3 before it multiplies" in told["w4afp8"]
     assert "use half" in told["w4-float32"]
     assert "on GPUs only" in told["nvfp4"]
+    by_row, by_tensor = ({"quant_algo": algo} for algo in ("FP8_PER_CHANNEL_PER_TOKEN", "FP8"))
+    expert, other = "model.layers.0.mlp.experts.1.up_proj", "model.layers.0.self_attn.q_proj"
+    assert "into no expert" in "".join(of_experts({other: by_row, expert: by_row}))
+    assert of_experts({other: by_row, expert: by_tensor}) == ()
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

@@ -203,6 +203,22 @@ def test_what_rounding_may_do_is_measured_on_our_own_model(
     assert "where rounding alone carries lowbit's own model to KL" in found.message
 
 
+def test_a_client_that_rounds_inputs_may_be_as_far_away_as_rounding_carries(
+    run: Run, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imitate, "NUDGE", 0.1)
+    expected = logits(run.reference, windows())
+    with imitate.nudged(run.reference):
+        moved = logits(run.reference, windows())
+    for there, rounds, passed in ((moved, True, True), (moved, False, False), (3 * moved - 2 * expected, True, False)):
+        pretender.answers(logits=there)
+        monkeypatch.setitem(clients.CLIENTS, "pretender", replace(clients.CLIENTS["pretender"], rounds=rounds))
+        found = verify("pretender", run.path, run.reference, windows())
+        assert found.kl is not None and found.kl > 1e-3
+        assert found.passed is passed, found.message
+        assert ("where rounding alone carries" in found.message) is rounds
+
+
 @pytest.mark.parametrize(
     ("program", "message"),
     [
@@ -210,8 +226,8 @@ def test_what_rounding_may_do_is_measured_on_our_own_model(
         ("import os; os.kill(os.getpid(), 9)", "not verified: the client was killed by signal 9"),
         ("import sys; sys.exit(1)", "cannot run the export: it said nothing"),
         (
-            "raise SystemExit('Value error, no such kernel [type=value_error]\\n  For further information visit x')",
-            f"cannot run the export: no such kernel (in {sys.executable}, see LOWBIT_PRETENDER_PYTHON)",
+            "raise SystemExit('Value error, none [type=value_error]\\n  For further information visit value_error')",
+            f"cannot run the export: none (in {sys.executable}, see LOWBIT_PRETENDER_PYTHON)",
         ),
     ],
 )
@@ -231,6 +247,22 @@ def test_logits_of_another_shape_and_tensors_that_did_not_load(run: Run, pretend
     found = verify("pretender", run.path, run.reference, windows())
     assert not found.passed
     assert "1 tensors did not load as written, the first: a.weight is missing" in found.message
+
+
+def test_experts_that_transformers_has_no_place_for_are_no_fault_of_the_export(
+    run: Run, pretender: Pretender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = ["a.experts.down_proj is missing", "a.experts.0.w2.qweight is unexpected"]
+    for problems, said in (
+        (lost, "not verified: transformers 5 has a mixture's experts as one parameter"),
+        ([*lost, "a.q_proj.qweight is unexpected"], "failed: 3 tensors did not load as written"),
+    ):
+        pretender.answers(found={"version": "5.24.0 with gptqmodel 7.6.0", "problems": problems})
+        made = replace(clients.CLIENTS["pretender"], name="transformers")
+        monkeypatch.setitem(clients.CLIENTS, "transformers", made)
+        found = verify("transformers", run.path, run.reference, windows())
+        assert not found.passed
+        assert found.message.startswith(said)
 
 
 def test_clients_write_their_logs_elsewhere(run: Run, pretender: Pretender, tmp_path: Path) -> None:

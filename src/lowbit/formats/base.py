@@ -144,6 +144,23 @@ def unchanged(name: str) -> Sequence[tuple[str, slice]]:
     return ((name, slice(None)),)
 
 
+def by_modules(names: Names) -> Names:
+    """The naming of clients that know the modules of transformers' tree, and an expert's gate and up apart, as
+    GPTQModel does; `names` are the checkpoint's, and tell the two apart.
+    """
+
+    def named(name: str) -> Sequence[tuple[str, slice]]:
+        parts = [part for _, part in names(name)]
+        if len(parts) != 2 or ".gate_up_proj." not in name:
+            return unchanged(name)
+        return [
+            (name.replace(".gate_up_proj.", leaf), part)
+            for leaf, part in zip((".gate_proj.", ".up_proj."), parts, strict=True)
+        ]
+
+    return named
+
+
 def rows(layer: QLayer, part: slice) -> QLayer:
     """The linear that computes the output rows `part` of a layer [O, I]."""
     start, stop, _ = part.indices(layer.weight.shape[0])
@@ -228,6 +245,14 @@ def check_terms(name: str, form: Format, source: Path) -> None:
         for site, terms in native.terms(shard_header(shard).metadata).items():
             if terms and not getattr(form, "ENCODED", ()):
                 raise ValueError(f"{site} is stored with {' and '.join(terms)}, which {name} cannot hold: use native")
+
+
+def check_names(names: str, form: Format) -> None:
+    """Raise ValueError where `names` is no naming, or one that no client of the format looks tensors up by."""
+    if names not in ("checkpoint", "transformers"):
+        raise ValueError(f"--names {names}: tensors are named as in the checkpoint or as in transformers")
+    if names == "transformers" and "gptqmodel" not in form.CLIENTS:
+        raise ValueError("only GPTQModel looks tensors up by transformers' names: use --format gptq or awq")
 
 
 def module_names(path: str, names: Names) -> list[tuple[str, slice]]:

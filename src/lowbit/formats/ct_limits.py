@@ -251,6 +251,8 @@ def remarks(name: str, weights: Spec, activation: Spec | None, shape: tuple[int,
         found.append("transformers 5.24 cannot read a mixture's int8 experts; vLLM can")
     if in_experts(name) and (form in (NVFP4, "mxfp8-quantized") or weights.square):
         found.append("transformers 5.24 misreads the scales of a mixture's experts in this format; vLLM reads them")
+    if in_experts(name) and form == "float-quantized" and not weights.square:
+        found.append("vLLM's kernels for CPUs run FP8 experts in squares of 128 only, those for GPUs run these")
     if form == PACKED and any(size % 32 for size in shape):
         found.append("vLLM's CPU kernel for packed weights needs rows and columns in multiples of 32, unlike some here")
     if weights.square and any(size % side for size, side in zip(shape, weights.block, strict=True)):

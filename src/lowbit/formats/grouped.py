@@ -8,7 +8,7 @@ config.json may say, which is in `gptq.py` and `awq.py`. Shape letters: O output
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -32,6 +32,8 @@ NATIVE_SCALES: dict[torch.dtype, ScaleDtype] = {
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """The linears that vLLM runs as one, under a name of its own, by which it looks patterns up."""
+
+EXPERTS = "transformers 5 has a mixture's experts as one parameter, and reads no GPTQ or AWQ into it"
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -220,8 +222,7 @@ class Found:
         """Whether some layer's groups follow another order of its columns."""
         self.head = False
         """Whether the output layer is quantized."""
-        self.remarks: tuple[str, ...] = ()
-        """What to say of clients."""
+        self._told: dict[str, str] = {}
         self._skeleton, self._names = skeleton, names
         self._quantized: set[str] = set()
 
@@ -233,10 +234,22 @@ class Found:
         self._quantized.add(path)
         self.ordered |= any(part.order is not None for part in layer.weight.parts)
         self.head |= module is self._output()
-        if name != path and not self.remarks:
-            self.remarks = (f"GPTQModel 7.6 does not find {name}, which it and transformers call {path}; vLLM does",)
-        elif name.endswith(".gate_up_proj") and not self.remarks:
-            self.remarks = (f"GPTQModel 7.6 splits {name} and does not find its parts; transformers and vLLM read it",)
+        for kind, text in self._notices(name, path):
+            self._told.setdefault(kind, text)
+
+    def _notices(self, name: str, path: str) -> Iterator[tuple[str, str]]:
+        """(what about, a sentence) on clients that do not find a linear; the first linear speaks for its like."""
+        if name not in (path, *(path.replace("gate_up_proj", leaf) for leaf in FUSED["gate_up_proj"])):
+            yield "names", f"GPTQModel 7.6 looks {name} up as {path}: export with --names transformers for it"
+        elif name.endswith(".gate_up_proj"):
+            yield "parts", f"GPTQModel 7.6 splits {name} and does not find its parts; transformers and vLLM read it"
+        if ".experts." in name:
+            yield "experts", EXPERTS
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What to say of clients."""
+        return tuple(self._told.values())
 
     def plain(self) -> list[str]:
         """Every other linear inside the blocks, by the names that clients know."""

@@ -38,7 +38,7 @@ from .base import Names, copy_companions, module_names, new_directory, read_conf
 from .compressed_tensors import ignored
 from .files import read_shard, shard_header, write_index, write_json, write_shard
 from .grouped import FUSED
-from .modelopt_config import AWQ, algorithm_in, mirrored, quantization, settings_in
+from .modelopt_config import AWQ, algorithm_in, mirrored, of_experts, quantization, settings_in
 
 CLIENTS = ("vllm",)
 
@@ -299,7 +299,7 @@ def export_directory(source: Path, target: Path, skeleton: nn.Module, names: Nam
         whole = quantization(written.settings, ignored(skeleton, written.paths, names), written.cached)
         write_json(directory / "hf_quant_config.json", whole)
         write_json(directory / "config.json", {**read_config(source), "quantization_config": mirrored(whole)})
-    return tuple(written.told)
+    return (*written.told, *of_experts(written.settings))
 
 
 def _export_shard(

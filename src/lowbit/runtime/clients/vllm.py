@@ -28,11 +28,13 @@ os.environ.update(
 
 
 def main(job: Path) -> None:
-    """Read JOBDIR/job.json, write scores.npy [N, T - 1], log-probabilities in fp32, and found.json."""
+    """Read JOBDIR/job.json, write scores.npy [N, T - 1], log-probabilities in fp32, and found.json, which
+    says on what "device" too."""
     asked = json.loads((job / "job.json").read_text("utf8"))
     os.environ["OMP_NUM_THREADS"] = str(asked["threads"])
     import numpy as np
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
 
     windows = asked["windows"]
     length = max(map(len, windows)) + 1
@@ -55,7 +57,8 @@ def main(job: Path) -> None:
         for window, output in zip(windows, outputs, strict=True)
     ]
     np.save(job / "scores.npy", np.array(scores, dtype=np.float32))
-    (job / "found.json").write_text(json.dumps({"client": "vllm", "version": released(), "dtype": "bfloat16"}), "utf8")
+    found = {"client": "vllm", "version": released(), "dtype": "bfloat16", "device": current_platform.device_type}
+    (job / "found.json").write_text(json.dumps(found), "utf8")
 
 
 def cache_options(export: Path) -> dict[str, Any]:
