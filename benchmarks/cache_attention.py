@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from decoding import CACHES
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,17 +24,9 @@ from lowbit.kernels import attention, cache_append, cache_attention, cache_atten
 from lowbit.kernels.cache_attention import Held
 from lowbit.kernels.cache_attention_triton import Plan
 from lowbit.kernels.timing import limits, microseconds, turns
-from lowbit.numerics.kv import KV, encode, kivi
+from lowbit.numerics.kv import KV, encode
 
 HEADS, SHARED, WIDTH = 32, 8, 128
-FORMATS: dict[str, KV] = {
-    "kv8": KV(8, 8),
-    "kv4": KV(4, 4),
-    "kv4-g32": KV(4, 4, "group", 32),
-    "kv2-g32": KV(2, 2, "group", 32),
-    "kivi4": kivi(4, 4),
-    "kivi2": kivi(2, 2),
-}
 Calls = list[Callable[[], object]]
 
 
@@ -93,7 +86,7 @@ def search(formats: list[str]) -> None:
     plans = [Plan(block, programs, warps) for block in (64, 128) for programs in (264, 396, 528) for warps in (4, 8)]
     for name in formats:
         for batch, length in shapes:
-            calls = codes(FORMATS[name], batch, length)[0][0]
+            calls = codes(CACHES[name], batch, length)[0][0]
             for plan in plans:
                 cache_attention_triton.PLAN = plan
                 found.setdefault((name, plan), []).append(microseconds(calls, repeats=7)[0])
@@ -106,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--formats", nargs="+", default=["kv8", "kv4", "kivi2"], choices=FORMATS)
+    parser.add_argument("--formats", nargs="+", default=["kv8", "kv4", "kivi2"], choices=CACHES)
     parser.add_argument("--search", action="store_true", help="try other plans of the kernel")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -126,7 +119,7 @@ def rows(batch: int, length: int, formats: list[str], bandwidth: float) -> None:
     rivals, size = sixteen(batch, length)
     sizes = [size, size]
     for name in formats:
-        calls, size = codes(FORMATS[name], batch, length)
+        calls, size = codes(CACHES[name], batch, length)
         rivals += calls
         sizes += [size]
     times = microseconds(*rivals)

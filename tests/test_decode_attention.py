@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from attention_oracle import by_formula
 
 from lowbit.kernels import attention
 
@@ -13,19 +13,6 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]
 """The interpreter takes the bits of bf16 operands for integers."""
-
-
-def by_formula(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax of q kᵀ, head by head, in fp64."""
-    out = torch.zeros_like(query, dtype=torch.float64)
-    group = query.shape[1] // keys.shape[1]
-    for text in range(len(query)):
-        for head in range(query.shape[1]):
-            scores = keys[text, head // group].double() @ query[text, head, 0].double() * scale
-            if mask is not None:
-                scores[~mask[text % len(mask), 0, 0]] = -torch.inf
-            out[text, head, 0] = scores.softmax(0) @ values[text, head // group].double()
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

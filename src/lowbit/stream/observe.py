@@ -38,6 +38,43 @@ class _Seen(Exception):
     """The last tap of this micro-batch has been observed: nothing further is needed."""
 
 
+@dataclass
+class _Watch:
+    """What the hooks of one pass know: which micro-batch runs, on which model, and what was seen so far."""
+
+    recorded: frozenset[int]
+    outputs: frozenset[int]
+    seen: Observed
+    current: int = 0
+    compared: bool = False
+    """Whether the original model runs, whose inputs are compared with those to come."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+    def on_input(self, tap: Tap, tally: Tally, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """A hook that counts a tap's inputs, and ends the pass behind the `last` one where nobody needs more."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = module.mapped(args[0]) if isinstance(module, QLinear) else args[0]
+            x = x.reshape(-1, x.shape[-1])
+            if not self.compared:
+                tally.update(x, self.originals.pop(tap.name, None))
+            elif tap.sites[0].expert is None:
+                self.originals[tap.name] = x
+            if last and (self.compared or self.current not in self.recorded | self.outputs):
+                raise _Seen
+
+        return hook
+
+    def on_call(self, path: str) -> Callable[..., None]:
+        """A hook that keeps an inspected module's calls for the recorded micro-batches."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.current in self.recorded and not self.compared:
+                self.seen.samples[path].append(Sample(args, kwargs, first(output)))
+
+        return hook
+
+
 @torch.no_grad()
 def observe(
     block: nn.Module,
@@ -58,57 +95,31 @@ def observe(
     whose final hidden states are kept. `original` is `forward` on the original model's stream, for statistics of both.
     With `lanes` the micro-batches are those of this process, and the statistics those of the whole text.
     """
-    seen = Observed(samples={path: [] for path in inspect})
-    tallies: list[Tally] = []
-    originals: dict[str, Tensor] = {}
-    current, compared = 0, False
+    watch = _Watch(frozenset(recorded), frozenset(outputs), Observed(samples={path: [] for path in inspect}))
+    tallies = [lanes.tally(needs) for _ in taps] if needs else []
     with ExitStack() as stack:
-
-        def on_input(tap: Tap, tally: Tally, last: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                x = module.mapped(args[0]) if isinstance(module, QLinear) else args[0]
-                x = x.reshape(-1, x.shape[-1])
-                if not compared:
-                    tally.update(x, originals.pop(tap.name, None))
-                elif tap.sites[0].expert is None:
-                    originals[tap.name] = x
-                if last and (compared or (current not in recorded and current not in outputs)):
-                    raise _Seen
-
-            return hook
-
-        def on_call(path: str) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                if current in recorded and not compared:
-                    seen.samples[path].append(Sample(args, kwargs, first(output)))
-
-            return hook
-
-        if needs:
-            for index, tap in enumerate(taps):
-                tallies.append(lanes.tally(needs))
-                last = index == len(taps) - 1 and tap.sites[0].expert is None
-                module = block.get_submodule(tap.name)
-                stack.callback(module.register_forward_pre_hook(on_input(tap, tallies[-1], last)).remove)
+        for index, (tap, tally) in enumerate(zip(taps, tallies, strict=False)):
+            last = index == len(taps) - 1 and tap.sites[0].expert is None
+            module = block.get_submodule(tap.name)
+            stack.callback(module.register_forward_pre_hook(watch.on_input(tap, tally, last)).remove)
         for path in inspect:
             module = block.get_submodule(path)
-            stack.callback(module.register_forward_hook(on_call(path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(watch.on_call(path), with_kwargs=True).remove)
         for current in range(batches) if needs or recorded else sorted(outputs):
             if current in lanes.turns:
                 for tally in tallies:
                     tally.turn()
+            watch.current = current
             if original is not None:
-                compared = True
+                watch.compared = True
                 with suppress(_Seen):
                     original(block, current)
-                compared = False
-            try:
+                watch.compared = False
+            with suppress(_Seen):
                 output = forward(block, current)
-            except _Seen:
-                continue
-            if current in outputs:
-                seen.outputs[current] = output
+                if current in outputs:
+                    watch.seen.outputs[current] = output
     for tap, tally in zip(taps, tallies, strict=False):
         stats = lanes.total(tally)
-        seen.stats.update({site.name: stats for site in tap.sites})
-    return seen
+        watch.seen.stats.update({site.name: stats for site in tap.sites})
+    return watch.seen
