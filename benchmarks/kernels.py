@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -33,17 +34,25 @@ from lowbit.numerics.spec import E4M3, Int, Number, per_channel, per_group
 
 def other_plans(tokens: int, tiles: int, units: int) -> Iterator[Plan]:
     """Plans worth trying: every way of sharing rows and columns among warps that fits the device."""
-    for rows, row_warps, k_warps, cluster in itertools.product((1, 2), (1, 2, 3, 4, 7, 8), (1, 2, 4, 8, 16), (1, 2, 4)):
-        for depth, stages in ((1, 0), (2, 0), (1, 2), (1, 3), (2, 3)):
-            plan = Plan(rows, min(-(-tokens // 8), weight_only.MOST), row_warps, k_warps, cluster, depth, stages)
-            warps = row_warps * k_warps
-            sensible = 4 <= warps <= 32 and k_warps * cluster <= units and rows * row_warps <= tiles
-            if sensible and plan.shared <= 200 * 1024 and (not stages or row_warps == 1 or k_warps < 16):
+    each = min(-(-tokens // 8), weight_only.MOST)
+    if each == 1:  # inputs stay in L1, and many warps with little to do each are best
+        most, sharing, ahead = 32, ((1, 2), (4, 8, 16)), ((1, 0), (2, 0))
+    else:
+        most, sharing, ahead = (32, 16)[each > 4], ((1, 2, 3, 4, 7, 8), (1, 2, 3, 4, 8)), ((1, 2), (1, 3), (2, 3))
+    for rows, row_warps, k_warps, cluster in itertools.product((1, 2), *sharing, (1, 2, 4)):
+        for depth, stages in ahead:
+            plan = Plan(rows, each, row_warps, k_warps, cluster, depth, stages)
+            sensible = 4 <= row_warps * k_warps <= most and k_warps * cluster <= units and rows * row_warps <= tiles
+            if sensible and plan.shared <= 200 * 1024:
                 yield plan
 
 
-def search(plans: Iterator[Plan], calls: Callable[[Plan], Sequence[Call]], taken: float) -> None:
+def search(plans: Iterable[Plan], calls: Callable[[Plan], Sequence[Call]], taken: float) -> None:
     """Print the three best plans that beat the rule's by more than noise."""
+    plans = list(plans)
+    # compiling takes most of the time, and a thread has no context before it has asked torch for something
+    with ThreadPoolExecutor(initializer=torch.cuda.mem_get_info) as pool:
+        list(pool.map(lambda plan: calls(plan)[0](), plans))
     found = [(microseconds(calls(plan), repeats=7)[0], plan) for plan in plans]
     for time, plan in sorted(found, key=lambda pair: pair[0])[:3]:
         if time < 0.97 * taken:
@@ -103,12 +112,14 @@ def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> No
         search(other_plans(len(x), tiles, units), lambda plan: calls(few(plan)), taken)
 
 
-def codes_table(inputs_of: Callable[..., Tensor], counts: Sequence[int], searching: bool) -> None:
+def codes_table(
+    shapes: Sequence[tuple[int, int]], inputs_of: Callable[..., Tensor], counts: Sequence[int], searching: bool
+) -> None:
     """W8A8 and FP8."""
     print("| | M | torch 16-bit | encoding | product.cu | Triton | layer | times 16-bit | error |")
     print("|---|---|---|---|---|---|---|---|---|")
     numbers: tuple[Number, ...] = (Int(8), E4M3)
-    for (inputs, outputs), number in itertools.product(LLAMA_8B, numbers):
+    for (inputs, outputs), number in itertools.product(shapes, numbers):
         weight = quantized(outputs, inputs, per_channel(number, scale="float32"))
         for tokens in counts:
             codes_row(inputs_of(tokens, inputs), weight, number, searching)
@@ -124,6 +135,7 @@ def main() -> None:
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 32, 64, 2048, 4096])
+    parser.add_argument("--shape", nargs=2, type=int, metavar=("INPUTS", "OUTPUTS"), help="only this one")
     parser.add_argument("--search", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -133,13 +145,14 @@ def main() -> None:
     rule = "asymmetric" if arguments.asymmetric else "symmetric"
     integers = [per_group(Int(bits, rule), arguments.group) for bits in arguments.bits]  # type: ignore[arg-type]
     specs = [FLOATS[name] for name in arguments.floats] or integers
+    shapes = [tuple(arguments.shape)] if arguments.shape else LLAMA_8B
     inputs_of = partial(torch.randn, device="cuda", dtype=getattr(torch, arguments.dtype))
     if arguments.codes:
-        codes_table(inputs_of, arguments.tokens, arguments.search)
+        codes_table(shapes, inputs_of, arguments.tokens, arguments.search)
         return
     print("| | M | limit | torch 16-bit | torch int4 | lowbit | times 16-bit | error |")
     print("|---|---|---|---|---|---|---|---|")
-    for (inputs, outputs), spec in itertools.product(LLAMA_8B, specs):
+    for (inputs, outputs), spec in itertools.product(shapes, specs):
         weight = quantized(outputs, inputs, spec)
         for tokens in arguments.tokens:
             row(inputs_of(tokens, inputs), weight, rates, arguments.search)

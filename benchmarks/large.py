@@ -1,10 +1,11 @@
 """Large models from disk to finished shards on one GPU: seconds in all and a block, and the peak of GPU memory.
 
-    python benchmarks/large.py llama3-8b --blocks 32 [--recipes gptq-w4a16-g128 awq-w4a16-g128] [--gpu-memory 6GiB]
+    python benchmarks/large.py llama3-8b --blocks 32 [--recipes gptq-w4a16-g128 awq-w4a16-g128] [--gpu-memory 6]
 
 Weights and text are random, shapes are those of the models named. `whole` is what all blocks of the model would take at
 the same rate, where fewer are run. The files were just written, so reading them is reading the system's cache; a short
-run before compiles the kernels.
+run before compiles the kernels. `--profile` runs once more and tells the seconds of every phase (`phases.py`).
+A mixture's block takes `--blocks 2` (DeepSeek's first one is dense) and `--vocabulary 1000`, which saves making tables.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import phases
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MixtralConfig
 
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--gpu-memory", type=float, help="GiB that a run is to take")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--profile", action="store_true", help="seconds of each phase, in a run of its own")
     parser.add_argument("--tokenizer", default="demo", help="model whose tokenizer the random model borrows")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -76,12 +79,23 @@ def main() -> None:
             began = time.perf_counter()
             done = lowbit.quantize(model, recipe, f"{scratch}/{recipe}", calibration=windows, gpu_memory=limit)
             total = time.perf_counter() - began
-            block = statistics.median(report["seconds"] for report in done.blocks[1:])
+            block = statistics.median(report["seconds"] for report in done.blocks[1:] or done.blocks)
             peak = torch.cuda.max_memory_allocated() / 2**30
             print(
                 f"| {recipe} | {total:.1f} | {block:.2f} | {total * whole / arguments.blocks:.0f} | {peak:.1f} GiB |",
                 flush=True,
             )
+            if arguments.profile:
+                profile(model, recipe, f"{scratch}/profiled", windows, limit)
+
+
+def profile(model: Path, recipe: str, output: str, windows: list[torch.Tensor], limit: int | None) -> None:
+    """Run once more and print seconds by phase, over all blocks."""
+    with phases.measured() as seconds:
+        done = lowbit.quantize(model, recipe, output, calibration=windows, gpu_memory=limit, restart=True)
+    print("  blocks:", ", ".join(f"{report['seconds']:.2f}" for report in done.blocks))
+    for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"  {name}: {spent:.2f}", flush=True)
 
 
 def make(path: Path, arguments: argparse.Namespace) -> Path:

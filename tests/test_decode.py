@@ -16,7 +16,7 @@ import lowbit
 from lowbit.modules.attention import as_cache
 from lowbit.runtime import decode
 from lowbit.runtime.cache import quantized_cache
-from lowbit.runtime.decode import Decoder, decodable, end_tokens
+from lowbit.runtime.decode import Decoder, decodable, end_tokens, likeliest
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -55,6 +55,14 @@ def test_a_compiled_step_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     ids = prompts(model, 2, 5)
     assert torch.equal(Decoder(model, 16, compiled=True)(ids, 11), by_transformers(model, ids, 11))
+
+
+@pytest.mark.parametrize("words", [1, 511, 512, 1000, 1537])
+def test_the_likeliest_word_is_the_first_of_the_largest(words: int) -> None:
+    scores = torch.randn(7, words).bfloat16().float()  # many are equal
+    scores[0] = -torch.inf
+    scores[0, words // 2] = -1e30
+    assert torch.equal(likeliest(scores), scores.argmax(1, keepdim=True))
 
 
 def test_a_text_that_ended_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

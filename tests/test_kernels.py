@@ -74,15 +74,25 @@ def quantized(rows: int, columns: int, spec: Spec, device: str = "cpu") -> QTens
     return QTensor(codes, grid)
 
 
-def exact(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
-    y = x.double() @ weight.dequantize().double().T
+def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+    y = x.double() @ dense.double().T
     return y if bias is None else y + bias.double()
 
 
-def close(found: Tensor, x: Tensor, weight: QTensor, bias: Tensor | None = None) -> None:
+def multiplied(weight: QTensor, dtype: torch.dtype, plan: Plan) -> Tensor:
+    """The values that a plan multiplies: exact, or an integer times its scale, both in the inputs' format, rounded."""
+    if not weight_only.scaled(plan, prepare(weight)):
+        return weight.dequantize()
+    levels = QTensor(weight.codes, replace(weight.grid, scale=torch.ones_like(weight.grid.scale))).dequantize(dtype)
+    groups = levels.unflatten(1, (weight.grid.scale.shape[1], -1))
+    return (groups * weight.grid.scale.to(dtype)[..., None]).flatten(1)
+
+
+def close(found: Tensor, x: Tensor, weight: QTensor | Tensor, bias: Tensor | None = None) -> None:
     """One rounding to the output's format, and fp32 sums: errors of 1e-5 of what was added up."""
-    expected = exact(x, weight, bias)
-    added = x.double().abs() @ weight.dequantize().double().abs().T
+    dense = weight.dequantize() if isinstance(weight, QTensor) else weight
+    expected = exact(x, dense, bias)
+    added = x.double().abs() @ dense.double().abs().T
     unit = torch.finfo(found.dtype).eps / 2
     assert torch.isfinite(found).all()
     assert ((found.double() - expected).abs() <= unit * expected.abs() + 1e-5 * added + 1e-7).all()
@@ -238,12 +248,13 @@ def test_plans_fit_the_device(processors: int) -> None:
     for tokens in range(1, 17):
         for tiles in (1, 2, 43, 64, 256, 384, 896, 1792, 8016):
             for units in (1, 2, 3, 6, 32, 112, 224):
-                plan = weight_only._plan(tokens, tiles, units, processors)
-                assert 32 * plan.row_warps * plan.k_warps <= 1024
-                assert plan.shared <= 200 * 1024
-                assert plan.k_warps * plan.cluster <= units and plan.cluster in (1, 2)
-                assert plan.stages != 1 and plan.depth >= 1 and 1 <= plan.tokens <= weight_only.MOST
-                assert plan.stages == 0 or plan.row_warps == 1 or plan.k_warps < 16
+                makers = [weight_only._plan, *([weight_only._plan_of_many] if tokens >= weight_only.SCALED else [])]
+                for plan in (make(tokens, tiles, units, processors) for make in makers):
+                    assert 32 * plan.row_warps * plan.k_warps <= (1024 if plan.rows == 1 else 512)
+                    assert plan.shared <= 200 * 1024
+                    assert plan.k_warps * plan.cluster <= units and plan.cluster in (1, 2)
+                    assert plan.stages != 1 and plan.depth >= 1 and 1 <= plan.tokens <= weight_only.MOST
+                    assert plan.stages == 0 or plan.row_warps == 1 or plan.k_warps < 16
 
 
 # --- the sources on a CPU ---------------------------------------------------------------------------------------------
@@ -346,7 +357,19 @@ def test_the_source_shares_out_the_work_in_every_way(plan: Plan) -> None:
         prepared = prepare(weight)
         for tokens in counts:
             x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
-            close(weight_only.product(x, prepared, bias, plan), x, weight, bias)
+            close(weight_only.product(x, prepared, bias, plan), x, multiplied(weight, x.dtype, plan), bias)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", FORMATS[1:10:4], ids=str)
+def test_the_source_multiplies_integers_by_their_scales(spec: Spec, dtype: torch.dtype) -> None:
+    """For many tokens, and only if scales are stored in fp16."""
+    plan, weight, x = Plan(2, 5, 2, 1, 1, 1, 2), quantized(67, 384, spec), torch.randn(37, 384).to(dtype)
+    prepared = prepare(weight)
+    assert weight_only.scaled(plan, prepared) == (prepared.scale.dtype == torch.float16)
+    close(weight_only.product(x, prepared, None, plan), x, multiplied(weight, dtype, plan))
 
 
 @needs_gcc
@@ -444,9 +467,10 @@ def test_the_gpu_agrees_with_fp64(spec: Spec, dtype: torch.dtype) -> None:
         weight = quantized(rows, columns, spec, DEVICE)
         for tokens in counts:
             x, prepared, bias = on_device(weight, dtype, tokens)
-            close(weight_only.linear(x, prepared, bias), x, weight, bias)
+            dense = multiplied(weight, dtype, weight_only.plan(max(1, tokens), prepared))
+            close(weight_only.linear(x, prepared, bias), x, dense, bias)
         assert torch.equal(weight_only.dequantized(prepared, dtype), weight.dequantize(dtype))
-    close(weight_only.linear(x, prepared), x, weight)
+    close(weight_only.linear(x, prepared), x, dense)
 
 
 @pytest.mark.gpu
@@ -492,7 +516,7 @@ def test_many_tokens_take_the_library_and_odd_columns_are_padded() -> None:
     for dtype in DTYPES:
         for tokens in (3, 300):
             x, prepared, bias = on_device(weight, dtype, tokens)
-            found, expected = weight_only.linear(x, prepared, bias).double(), exact(x, weight, bias)
+            found, expected = weight_only.linear(x, prepared, bias).double(), exact(x, weight.dequantize(), bias)
             assert (found - expected).norm() < 4e-3 * expected.norm()
 
 

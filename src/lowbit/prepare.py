@@ -98,7 +98,7 @@ def prepare(request: Request) -> Prepared:
     from .stream.hidden import micro_batches
     from .stream.lanes import Lanes, check
     from .stream.plan import make_plan
-    from .stream.sweep import MICRO_BATCH
+    from .stream.sweep import micro_batch
 
     widths = budget.by_width(request) if budget.budgeted(request) else {}
     loaded = next(iter(widths.values()), None) or recipes.resolve(
@@ -119,7 +119,7 @@ def prepare(request: Request) -> Prepared:
         opened = budget.Opened(request, widths, checkpoint, skeleton, anatomy, refuse)
         loaded, allocation = budget.allocated(opened, windows, dtype, device)
     if text and count > 1:
-        Lanes(count).of(micro_batches(windows, MICRO_BATCH))
+        Lanes(count).of(micro_batches(windows, micro_batch(anatomy, loaded.recipe, device)))
     tokens = sum(window.numel() for window in windows)
     window = max((window.numel() for window in windows), default=0)
     plan = make_plan(
@@ -131,7 +131,7 @@ def prepare(request: Request) -> Prepared:
         "recipe": recipes.to_dict(loaded.recipe),
         "calibration": None if calibration is None else {**calibration, "tokens": fingerprint(windows)},
         "target": request.target,
-        **_arithmetic(device, dtype, count),
+        **_arithmetic(device, dtype, count, micro_batch(anatomy, loaded.recipe, device)),
         **({"allocation": budget.record_of(request)} if widths else {}),
     }
     for notice in plan.notices:
@@ -139,17 +139,15 @@ def prepare(request: Request) -> Prepared:
     return Prepared(checkpoint, skeleton, plan, record, windows, dtype, device, allocation)
 
 
-def _arithmetic(device: torch.device, dtype: torch.dtype, lanes: int) -> dict[str, Any]:
+def _arithmetic(device: torch.device, dtype: torch.dtype, lanes: int, micro_batch: int) -> dict[str, Any]:
     """What the order and precision of sums depend on."""
     import torch
-
-    from .stream.sweep import MICRO_BATCH
 
     return {
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "micro_batch": MICRO_BATCH,
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+        "micro_batch": micro_batch,
         **({"lanes": lanes} if lanes > 1 else {}),
         "torch": torch.__version__,
     }

@@ -2,7 +2,7 @@
 //
 // The host writes these constants in front: BITS (2, 3, 4, 8), E2M1 (codes are floats of 4 bits, else integers), BFLOAT
 // (bf16, else fp16), ZERO (zero-points are stored), WIDE (scales are fp32, else fp16), GROUPS (scales of a row in a
-// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1).
+// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1), SCALED (integers are multiplied by their scale, which is fp16).
 //
 // An integer q becomes a float without a conversion: put into the low mantissa bits of a power of two whose last place
 // counts ones, it is that power plus q. Taking the power and the zero-point away at once leaves q - z, which both
@@ -111,6 +111,12 @@ __device__ __forceinline__ u32 levels(const Codes& codes, int pair, int half, u3
 }
 #else
 __device__ __forceinline__ float2 scales(const Codes& codes, int group) { return floats(codes.scale[group]); }
+
+// The scale of rows g (half 0) and g + 8 (half 1), rounded to the inputs' format, twice in a word.
+__device__ __forceinline__ u32 factor(const Codes& codes, int group, int half) {
+    const float2 scale = scales(codes, group);
+    return half ? packed(scale.y, scale.y) : packed(scale.x, scale.x);
+}
 
 // What is taken from a code of rows g (half 0) and g + 8 (half 1), twice in a word.
 __device__ __forceinline__ u32 constant(const Codes& codes, int group, int half) {

@@ -23,6 +23,8 @@ FEW = 128
 """Tokens up to which codes are multiplied."""
 MOST = 8
 """Tiles of tokens that a warp multiplies at once; more tokens read the weights again."""
+SCALED = 5
+"""Tiles of tokens from which on scales are cheaper in the values of integers than on their sums."""
 _TOKENS = 8
 """Tokens of one tensor core operation."""
 _SHARED = 200 * 1024
@@ -106,12 +108,15 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
 
 def plan(tokens: int, weight: Prepared) -> Plan:
     """How to share out a product of a number of tokens on the weight's device."""
-    return plan_for(tokens, weight.low.shape[0], weight.low.shape[1], weight.low.device)
+    (tiles, units), device = weight.low.shape[:2], weight.low.device
+    if tokens > _TOKENS * (SCALED - 1) and _folds(weight):
+        return _plan_of_many(-(-tokens // _TOKENS), tiles, units, _processors(device))
+    return plan_for(tokens, tiles, units, device)
 
 
 def plan_for(tokens: int, tiles: int, units: int, device: torch.device) -> Plan:
     """The same for a weight of so many tiles of rows and units of columns."""
-    return _plan(-(-tokens // _TOKENS), tiles, units, torch.cuda.get_device_properties(device).multi_processor_count)
+    return _plan(-(-tokens // _TOKENS), tiles, units, _processors(device))
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
@@ -120,8 +125,23 @@ def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tens
     x = aligned(F.pad(x, (0, -inputs % 8)) if inputs % 8 else x)
     y = torch.empty(len(x), weight.shape[0], device=x.device, dtype=x.dtype)
     tensors = [*_tensors(weight), weight.low]  # no factor per token
-    start(_format(weight, x.dtype), tensors, x, bias, y, _counts(weight), weight.low.shape[0], how)
+    form = (*_format(weight, x.dtype), ("SCALED", int(scaled(how, weight))))
+    start(form, tensors, x, bias, y, _counts(weight), weight.low.shape[0], how)
     return y
+
+
+def scaled(how: Plan, weight: Prepared) -> bool:
+    """Whether integers are multiplied by their scales before they are used, and rounded: for many tokens."""
+    return how.tokens >= SCALED and weight.factor is None and _folds(weight)
+
+
+def _folds(weight: Prepared) -> bool:
+    """Whether scales can be in the values that are multiplied, so that no group needs a sum of its own."""
+    return weight.factor is not None or weight.scale.dtype == torch.float16
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -159,7 +179,8 @@ def _plan(tokens: int, tiles: int, units: int, processors: int) -> Plan:
     of several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
     """
     if tokens == 1:
-        return Plan(1, 1, 1, min(units, 16 if 2 * tiles < 7 * processors else 8), 1, 1, 0)
+        row_warps = 2 if processors < tiles <= 2 * processors else 1
+        return Plan(1, 1, row_warps, min(units, 16 if 2 * tiles < 7 * processors else 8), 1, 1, 0)
     short = units <= 64
     if tokens == 2 and short and processors < tiles <= 2 * processors:
         return Plan(2, 2, 1, min(units, 16), 1, 1, 0)
@@ -170,6 +191,28 @@ def _plan(tokens: int, tiles: int, units: int, processors: int) -> Plan:
     warps, depth, stages = (_WIDE if row_warps > 4 else _NARROW)[tokens]
     fitting = min(8, units // cluster, warps // row_warps, _SHARED // (tokens * 4 * stages * _MEMORY))
     return Plan(1, tokens, row_warps, fitting, cluster, depth, stages)
+
+
+@cache
+def _plan_of_many(tokens: int, tiles: int, units: int, processors: int) -> Plan:
+    """The plan from `SCALED` tiles of tokens on, where no group has a sum of its own.
+
+    That leaves registers for two tiles of rows to a warp, which share what it reads of x. Blocks are of up to four such
+    warps times four that share columns, in the cluster that leaves the fewest processors without work.
+    """
+    pairs = math.ceil(tiles / 2)
+
+    def row_warps(cluster: int) -> int:
+        share = pairs * cluster / processors
+        return math.ceil(share / math.ceil(share / 4))
+
+    def busy(cluster: int) -> float:
+        blocks = math.ceil(pairs / row_warps(cluster)) * cluster
+        return pairs * cluster / (row_warps(cluster) * math.ceil(blocks / processors))
+
+    clusters = (1, 2) if units > 1 else (1,)
+    cluster = max(clusters, key=lambda each: (busy(each), row_warps(each), -each))
+    return Plan(2, min(tokens, MOST), row_warps(cluster), min(4, units // cluster), cluster, 1, 2)
 
 
 def _format(weight: Prepared, dtype: torch.dtype) -> Constants:

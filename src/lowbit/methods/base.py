@@ -9,7 +9,7 @@ Shape letters: O output rows, I input columns, T tokens, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -123,6 +123,19 @@ class Round(Protocol):
 
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I], fp32. `stats` is None where the inputs were never seen (starved experts)."""
+
+
+@runtime_checkable
+class Stacking(Round, Protocol):
+    """A Round that takes a mixture's experts as one batch, where that pays."""
+
+    def stacks(self, spec: Spec) -> bool:
+        """Whether it does so in this format."""
+
+    def round_stack(
+        self, weights: Sequence[Tensor], spec: Spec, clip: Clip, stats: Sequence[Stats], *, scores: bool
+    ) -> list[QTensor]:
+        """`round` for weights [O, I] of one shape, each behind inputs of its own, which were all seen."""
 
 
 @dataclass(frozen=True)

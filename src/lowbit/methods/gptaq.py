@@ -13,6 +13,7 @@ A mixture's experts see other tokens in each of the two streams, so nothing is k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -55,6 +56,17 @@ class GPTAQ:
     def refits(self, spec: Spec) -> bool:
         """As GPTQ does."""
         return self._gptq().refits(spec)
+
+    def stacks(self, spec: Spec) -> bool:
+        """As GPTQ does: it is a mixture's experts that come as a stack."""
+        return self._gptq().stacks(spec)
+
+    def round_stack(
+        self, weights: Sequence[Tensor], spec: Spec, clip: Clip, stats: Sequence[Stats], *, scores: bool
+    ) -> list[QTensor]:
+        """`round` for weights [O, I] of one shape, each behind inputs of its own, of whose drift nothing is known."""
+        assert not any(seen.cross is not None and seen.cross.seen for seen in stats), "experts' inputs are not compared"
+        return self._gptq().round_stack(weights, spec, clip, stats, scores=scores)
 
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest."""

@@ -8,7 +8,7 @@ the recipe: it is called wherever scales are fitted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -24,7 +24,8 @@ from ..numerics.spec import Int, Spec
 from ..numerics.stats import Gram
 from .base import Clip
 from .rtn import RTN
-from .views import Need, Stats
+from .stacked import sweep_stack
+from .views import Need, Stats, factored
 
 Fit = Callable[[Tensor, Spec, Stats], Grid]
 """(values [O, g], format of one group, statistics of those columns) -> their grid."""
@@ -72,6 +73,21 @@ class GPTQ:
     def round(self, weight: Tensor, spec: Spec, clip: Clip, stats: Stats | None, *, scores: bool) -> QTensor:
         """Codes for W [O, I]. Inputs never seen (stats None) fall back to rounding to nearest."""
         return self.swept(weight, spec, clip, stats, scores=scores)
+
+    def stacks(self, spec: Spec) -> bool:
+        """Ranges that are fitted on the way are fitted one by one."""
+        return not self.refits(spec)
+
+    def round_stack(
+        self, weights: Sequence[Tensor], spec: Spec, clip: Clip, stats: Sequence[Stats], *, scores: bool
+    ) -> list[QTensor]:
+        """`round` for weights [O, I] of one shape, each behind inputs of its own."""
+        factors, orders, dead = factored(stats, self.damp, self.act_order)
+        weights = [weight.masked_fill(unseen, 0.0) for weight, unseen in zip(weights, dead, strict=True)]
+        grids = [clip.fit(weight, spec, seen, scores=scores) for weight, seen in zip(weights, stats, strict=True)]
+        natural = torch.arange(weights[0].shape[1], device=weights[0].device)
+        columns = [natural if order is None else order for order in orders]
+        return sweep_stack(weights, grids, factors, columns, self.block)
 
     def swept(
         self,

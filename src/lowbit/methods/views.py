@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..graph.anatomy import Anatomy, BlockAnatomy, Edge, Site, Tap
-from ..numerics.feedback import inverse_factor
+from ..numerics.feedback import inverse_factor, inverse_factors
 from ..numerics.grid import Grid
 from ..numerics.kv import KV
 from ..numerics.maps import Map
@@ -95,12 +95,21 @@ class Stats:
         """
         key = (damp, act_order)
         if key not in self._factors:
-            h = self.hessian()
-            dead, order = h.diagonal() <= 0, None
-            if act_order:
-                order = h.diagonal().argsort(descending=True, stable=True)
-            self._factors[key] = (inverse_factor(h, damp, order), order, dead)
+            order, dead = self.order(act_order)
+            self._factors[key] = (inverse_factor(self.hessian(), damp, order), order, dead)
         return self._factors[key]
+
+    def order(self, act_order: bool) -> tuple[Tensor | None, Tensor]:
+        """(order, dead) of `factor`."""
+        diagonal = self.hessian().diagonal()
+        order = diagonal.argsort(descending=True, stable=True) if act_order else None
+        return order, diagonal <= 0
+
+
+def factored(stats: Sequence[Stats], damp: float, act_order: bool) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+    """`Stats.factor` of inputs of one width [I], factorized as one batch: U [E, I, I], their orders, and their dead."""
+    orders, dead = zip(*(seen.order(act_order) for seen in stats), strict=True)
+    return inverse_factors([seen.hessian() for seen in stats], damp, orders), list(orders), list(dead)
 
 
 def to_source(edge: Edge, x: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 Column by column a sweep is tens of thousands of tiny operations, and a GPU spends it waiting for their launches. Rows
 of the weight know nothing of each other, so a program keeps some rows' tile in registers and goes through its columns
 by itself. `feedback._round_tile` with a column rounded in plain torch is the definition; sums are added in another
-order, so a value may differ in its last bits.
+order, so a value may differ in its last bits. Of a stack of weights every entry has programs of its own.
 
-Shape letters: O rows of the weight, T columns of the tile, G groups.
+Shape letters: O rows of the weight, T columns of the tile, G groups, E entries of a stack.
 """
 
 from __future__ import annotations
@@ -23,8 +23,18 @@ _ROWS = 32
 @triton.jit
 def _tile(
     columns_at, errors_at, shares_at, group_at, scale_at, limits_at, offset_at, levels_at, rows, count, row_of_shares,
+    columns_apart, errors_apart, shares_apart, group_apart, scale_apart, levels_apart,
     OFFSET: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    entry = tl.program_id(1).to(tl.int64)
+    columns_at += entry * columns_apart
+    errors_at += entry * errors_apart
+    shares_at += entry * shares_apart
+    group_at += entry * group_apart
+    scale_at += entry * scale_apart
+    limits_at += entry * 2 * scale_apart
+    offset_at += entry * scale_apart
+    levels_at += entry * levels_apart
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     here = row < rows
@@ -62,10 +72,15 @@ def round_tile(
     """Round columns [T, O] in place to integers between `limits` [G, 2, O] times `scale` [G, O], less `offset` [G, O].
 
     Column j takes `shares` [j, i] of every earlier column i's error, `group` [T] int32 is a column's group. Leaves the
-    errors and the levels, both [T, O]. All else is fp32, and contiguous but for `shares`.
+    errors and the levels, both [T, O]. All else is fp32, and contiguous but for `shares`; of a stack, where all have E
+    in front, every entry is.
     """
-    count, rows = columns.shape
-    _tile[(triton.cdiv(rows, _ROWS),)](
+    if columns.dim() == 2:
+        columns, errors, shares, group = (x[None] for x in (columns, errors, shares, group))
+        scale, limits, levels = (x[None] for x in (scale, limits, levels))
+    entries, count, rows = columns.shape
+    _tile[(triton.cdiv(rows, _ROWS), entries)](
         columns, errors, shares, group, scale, limits, scale if offset is None else offset, levels, rows, count,
-        shares.stride(0), OFFSET=offset is not None, COLUMNS=triton.next_power_of_2(count), ROWS=_ROWS, num_warps=1,
+        shares.stride(1), columns.stride(0), errors.stride(0), shares.stride(0), group.stride(0), scale.stride(0),
+        levels.stride(0), OFFSET=offset is not None, COLUMNS=triton.next_power_of_2(count), ROWS=_ROWS, num_warps=1,
     )  # fmt: skip

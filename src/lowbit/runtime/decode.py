@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..kernels.attention import attend, fits
 from ..modules.attention import as_cache, attached, attached_to
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 ATTENTION = "lowbit-one-token"
 """The name of our attention among transformers'."""
+PART = 512
+"""Words among which the likeliest is found at once."""
 LOOK = 16
 """Tokens after which it is looked whether all texts have ended."""
 
@@ -62,7 +65,7 @@ class Decoder:
         self, model: PreTrainedModel, length: int, *, temperature: float = 0.0, compiled: bool = False
     ) -> None:
         self.model, self.length, self.temperature = model, length, temperature
-        self._one = torch.compile(self._next, dynamic=False) if compiled else self._next
+        self._one = torch.compile(self._next, dynamic=False, options=_options()) if compiled else self._next
         self._batch, self._merged = 0, False
         self._cache: Any = None
 
@@ -118,7 +121,21 @@ class Decoder:
         scores = output.logits[:, -1].float()
         if self.temperature > 0:
             return torch.multinomial((scores / self.temperature).softmax(-1), 1)
-        return scores.argmax(-1, keepdim=True)
+        return likeliest(scores) if torch.compiler.is_compiling() else scores.argmax(-1, keepdim=True)
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """The first of the largest scores [B, V] as [B, 1], in two steps: torch.compile gives one step to one processor."""
+    parts = functional.pad(scores, (0, -scores.shape[1] % PART), value=float("-inf")).unflatten(1, (-1, PART))
+    part = parts.amax(2).argmax(1, keepdim=True)
+    return part * PART + parts.argmax(2).gather(1, part)
+
+
+def _options() -> dict[str, Any]:
+    """What torch.compile is told: kernels may begin while those before them end, where a GPU and torch can do that."""
+    from torch._inductor import config
+
+    return {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}
 
 
 @contextmanager
@@ -127,7 +144,6 @@ def one_token(model: PreTrainedModel, cache: Any) -> Iterator[None]:
     let it read the codes of a cache that has them.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
     before = config._attn_implementation
@@ -136,7 +152,7 @@ def one_token(model: PreTrainedModel, cache: Any) -> Iterator[None]:
         layer.held = cache.layers[model.get_submodule(path).layer_idx]
     if before == "sdpa":
         AttentionInterface.register(ATTENTION, _attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        AttentionMaskInterface.register(ATTENTION, _mask)
         config._attn_implementation = ATTENTION
     try:
         yield
@@ -144,6 +160,14 @@ def one_token(model: PreTrainedModel, cache: Any) -> Iterator[None]:
         config._attn_implementation = before
         for layer in layers.values():
             layer.held = None
+
+
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    """transformers' mask for `sdpa`. torch.compile would make it anew in every block, out of what makes it up."""
+    from transformers.masking_utils import sdpa_mask
+
+    mask: Tensor | None = sdpa_mask(*arguments, **options)
+    return mask if mask is None or not torch.compiler.is_compiling() else torch.ops.lowbit.kept(mask)
 
 
 def _attention(
@@ -172,3 +196,9 @@ def _cache(model: PreTrainedModel, length: int) -> Any:
     if attached(model):
         return fixed_cache(model, length)
     return StaticCache(config=model.config.get_text_config(), max_cache_len=length)
+
+
+_LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
+_LIBRARY.define("kept(Tensor x) -> Tensor")
+_LIBRARY.impl("kept", lambda x: x.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd")
+torch.library.register_fake("lowbit::kept", lambda x: x.new_empty(x.shape), lib=_LIBRARY)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -26,21 +26,27 @@ Result = TypeVar("Result")
 
 def merge(model: nn.Module, run: Callable[[], Result]) -> Result:
     """Run a model once, and join what turned out to share its input; returns what `run` does."""
-    calls: list[tuple[FastLinear, Tensor]] = []
+    groups: list[list[FastLinear]] = []
+    last: Tensor | None = None  # the only input that is kept: those of a long prompt are large
 
     def called(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal last
         assert isinstance(module, FastLinear)
-        calls.append((module, args[0]))
+        if args[0] is not last:
+            groups.append([])
+            last = args[0]
+        groups[-1].append(module)
 
     linears = [module for module in model.modules() if isinstance(module, FastLinear)]
     handles = [module.register_forward_pre_hook(called) for module in linears]
     try:
         result = run()
     finally:
+        last = None
         for handle in handles:
             handle.remove()
-    for _, group in groupby(calls, lambda call: id(call[1])):
-        members = list(dict.fromkeys(module for module, _ in group))
+    for group in groups:
+        members = list(dict.fromkeys(group))
         if len(members) > 1 and all(_alike(members[0], member) for member in members):
             _join(members)
     return result

@@ -24,6 +24,7 @@ from ..numerics.sizes import stored_bytes
 from ..numerics.spec import BF16, Spec
 from . import rotation
 from .checkpoint import Checkpoint
+from .rounding import STACK_BYTES, STACKED
 from .work import Formats
 
 Refuse = Callable[[Spec | None, Spec | None, Site, bool, Map | bool], str | None]
@@ -118,7 +119,7 @@ def make_plan(
         (*rotation.notices(anatomy, recipe, checkpoint, window, device), *_notices(anatomy, recipe)),
         block_bytes,
         tokens * hidden * dtype.itemsize * (3 if recipe.float_stream else 1) if text else 0,
-        _working_bytes(anatomy, recipe, block_bytes),
+        _working_bytes(anatomy, recipe, block_bytes, device),
         sum(_flops(site, recipe, tokens if text else 0) for _, site, _, _ in chosen),
         sum(prod(site.shape) for _, site, _, _ in quantized),
         sum(site_bytes(site.shape, weights, recipe) for _, site, weights, _ in quantized),
@@ -281,12 +282,15 @@ def _notices(anatomy: Anatomy, recipe: Recipe) -> tuple[str, ...]:
     return tuple(f"{names} skips {line}" for line in seen)
 
 
-def _working_bytes(anatomy: Anatomy, recipe: Recipe, block_bytes: int) -> int:
-    widths = [tap.sites[0].shape[1] for tap in anatomy.blocks[0].taps]
+def _working_bytes(anatomy: Anatomy, recipe: Recipe, block_bytes: int, device: torch.device | None) -> int:
+    blocks = [[tap.sites[0].shape[1] for tap in block.taps] for block in anatomy.blocks]
+    widths = max(blocks, key=lambda widths: sum(w * w for w in widths))
     largest = max(prod(site.shape) for block in anatomy.blocks for site in block.sites)
     total = block_bytes // 2 + 3 * 4 * largest
     if "gram" in recipe.needs:
         total += 4 * sum(w * w for w in widths) + 3 * 4 * max(widths) ** 2 + block_bytes
+        mixture = any(site.expert is not None for site in anatomy.blocks[-1].sites)
+        total += STACK_BYTES if mixture and device is not None and device.type in STACKED else 0
     if recipe.transforms:
         total += 2 * block_bytes
     if recipe.rotation is not None:

@@ -1,21 +1,26 @@
 """What becomes of a block's weights: rounded or encoded tap by tap, and corrected.
 
 Linears behind one input share a factorization, and those of one format are rounded as one matrix. Taps know nothing of
-each other, so the processes of a run take each some of them.
+each other, so the processes of a run take each some of them. On a GPU a mixture's experts of one projection are rounded
+as stacks, whose size follows from their shape alone: what is rounded together depends neither on the memory that is
+free nor on the number of processes, for a library may choose another order of sums for another number of matrices.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import torch
+from torch import Tensor
 
 from ..graph.anatomy import Site, Tap
-from ..methods.base import Particular
+from ..methods.base import Particular, Stacking, outcomes
 from ..methods.views import Stats
-from ..numerics.qtensor import QLayer, QWeight
+from ..numerics.qtensor import QLayer, QTensor, QWeight
 from ..numerics.spec import Spec
 from .work import BlockWork, FixedGrid
 
@@ -23,18 +28,58 @@ STARVED = 32
 """An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
 
 
+STACK_BYTES = 2 << 30
+"""GPU memory that rounding a stack of experts may take beside their weights and Gram matrices."""
+STACKED = ("cuda",)
+"""Devices on which experts are rounded as stacks: a CPU is filled by one of them."""
+
+
 def rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats], seed: int) -> dict[str, QLayer]:
     """The quantized sites of `taps` as layers, corrected unless their codes are trained first."""
     recipe, lanes = work.recipe, work.lanes
     made: dict[str, dict[str, QLayer]] = {}
-    for tap, owner in zip(taps, lanes.dealt([_cost(work, tap) for tap in taps]), strict=True):
+    jobs = list(_jobs(work, taps, stats))
+    costs = [sum(_cost(work, tap) for tap in job) for job in jobs]
+    for job, owner in zip(jobs, lanes.dealt(costs), strict=True):
         if owner == lanes.rank:
-            layers = _rounded_tap(work, tap, stats, seed)
-            made[tap.name] = layers if recipe.retrains else corrected(work, layers, stats)
-        if tap.name in stats and not recipe.revisits_stats:
-            stats[tap.name].release()
+            found = _rounded_stack(work, job, stats) if len(job) > 1 else [_rounded_tap(work, job[0], stats, seed)]
+            for tap, layers in zip(job, found, strict=True):
+                made[tap.name] = layers if recipe.retrains else corrected(work, layers, stats)
+        for tap in job:
+            if tap.name in stats and not recipe.revisits_stats:
+                stats[tap.name].release()
     made = lanes.joined(made)
     return {name: layer for tap in taps for name, layer in made[tap.name].items()}
+
+
+def _jobs(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -> Iterator[list[Tap]]:
+    """The taps, those together that are rounded as a stack."""
+    alike: dict[tuple[tuple[int, int], Spec, bool], list[Tap]] = defaultdict(list)
+    for tap in taps:
+        batches = list(_batches(work, tap))
+        if len(batches) == 1 and _stacks(work, tap, batches[0][1], stats):
+            (sites, spec, scores), inputs = batches[0], tap.sites[0].shape[1]
+            alike[(sum(site.shape[0] for site in sites), inputs), spec, scores].append(tap)
+        else:
+            yield [tap]
+    for (shape, _, _), together in alike.items():
+        size = max(1, STACK_BYTES // stack_bytes(shape))
+        yield from (together[start : start + size] for start in range(0, len(together), size))
+
+
+def _stacks(work: BlockWork, tap: Tap, spec: Spec, stats: Mapping[str, Stats]) -> bool:
+    """Whether a tap, all of whose sites have this format, may be rounded with others of its shape."""
+    recipe = work.recipe
+    if work.device.type not in STACKED or tap.sites[0].expert is None or _seen(tap, stats) is None:
+        return False
+    if any(site.name in work.grids for site in tap.sites) or len(outcomes(recipe.clip, spec)) > 1:
+        return False  # grids are one by one what they are
+    return recipe.encode is None and isinstance(recipe.round, Stacking) and recipe.round.stacks(spec)
+
+
+def stack_bytes(shape: tuple[int, int]) -> int:
+    """About the bytes that a weight [O, I] of a stack takes while it is rounded: fp32 copies of it and its factor."""
+    return 4 * (6 * prod(shape) + 3 * shape[1] ** 2)
 
 
 def corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str, Stats]) -> dict[str, QLayer]:
@@ -52,21 +97,46 @@ def _rounded_tap(work: BlockWork, tap: Tap, stats: Mapping[str, Stats], seed: in
     """The tap's sites, those of one format as one matrix; an Encode takes them singly."""
     layers: dict[str, QLayer] = {}
     for sites, spec, scores in _batches(work, tap):
-        seen = stats.get(tap.name)
-        if seen is not None and sites[0].expert is not None and seen.tokens < STARVED:
-            seen = None
+        seen = _seen(tap, stats)
         if work.recipe.encode is not None:
             layers |= {site.name: _encoded(work, site, spec, seen, scores, seed) for site in sites}
             continue
-        stacked = torch.cat([work.weight(site) for site in sites])
         trained = work.grids.get(sites[0].name)  # such a site comes alone
         clip = work.recipe.clip if trained is None else FixedGrid(trained)
-        codes = work.recipe.round.round(stacked, spec, clip, seen, scores=scores)
-        start = 0
-        for site in sites:
-            part = QWeight((codes.rows(start, start + site.shape[0]),))
-            layers[site.name] = work.layer(site, part.to(_shelf(work)), work.input_grid(site, stats))
-            start += site.shape[0]
+        codes = work.recipe.round.round(_joined(work, sites), spec, clip, seen, scores=scores)
+        layers |= _parted(work, sites, codes, stats)
+    return layers
+
+
+def _rounded_stack(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -> list[dict[str, QLayer]]:
+    """`_rounded_tap` for taps that are rounded as one batch."""
+    recipe, batches = work.recipe, [next(_batches(work, tap)) for tap in taps]
+    (_, spec, scores), seen = batches[0], [stats[tap.name] for tap in taps]
+    assert isinstance(recipe.round, Stacking), "only what stacks is stacked"
+    weights = [_joined(work, sites) for sites, _, _ in batches]
+    codes = recipe.round.round_stack(weights, spec, recipe.clip, seen, scores=scores)
+    return [_parted(work, sites, each, stats) for (sites, _, _), each in zip(batches, codes, strict=True)]
+
+
+def _seen(tap: Tap, stats: Mapping[str, Stats]) -> Stats | None:
+    """The statistics that a tap is rounded by; None where there are none, or too few."""
+    seen = stats.get(tap.name)
+    starved = seen is not None and tap.sites[0].expert is not None and seen.tokens < STARVED
+    return None if starved else seen
+
+
+def _joined(work: BlockWork, sites: Sequence[Site]) -> Tensor:
+    return torch.cat([work.weight(site) for site in sites])
+
+
+def _parted(work: BlockWork, sites: Sequence[Site], codes: QTensor, stats: Mapping[str, Stats]) -> dict[str, QLayer]:
+    """The layers of sites whose weights were rounded as one matrix."""
+    layers: dict[str, QLayer] = {}
+    start = 0
+    for site in sites:
+        part = QWeight((codes.rows(start, start + site.shape[0]),))
+        layers[site.name] = work.layer(site, part.to(_shelf(work)), work.input_grid(site, stats))
+        start += site.shape[0]
     return layers
 
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.files import Streamed, read_shard, write_json, write_shard
+from ..graph.anatomy import Anatomy
 from ..methods.base import LearnedRotation
+from ..methods.recipe import Recipe
 from ..modules.linear import install
 from .block import Outcome, quantize_block
 from .checkpoint import Checkpoint, Prefetch, check_finite, free
@@ -38,8 +40,23 @@ from .work import BlockWork
 
 MICRO_BATCH = 2048
 """Tokens sent through a block at once. It is part of the plan: another size would sum statistics in another order."""
+EXPERT_TOKENS = 1024
+"""Tokens that an expert is to see at once on a GPU, which otherwise waits for one small product after the other."""
+MOST_AT_ONCE = 4
+"""Micro-batches that may be taken as one for that; a mixture's inner states are several times a dense block's."""
 SNAPSHOT_SECONDS = 180.0
 """Hidden states are saved this often, so that a restart does not replay a long run's every finished block."""
+
+
+def micro_batch(anatomy: Anatomy, recipe: Recipe, device: torch.device) -> int:
+    """Tokens sent through a block at once: more of them where a GPU runs many experts, unless a method trains by them.
+
+    Of E experts each is taken to see two tokens in E, which is the least that mixtures send them.
+    """
+    experts = max(len({site.expert for site in block.sites} - {None}) for block in anatomy.blocks)
+    if device.type != "cuda" or recipe.reconstruct:
+        return MICRO_BATCH
+    return MICRO_BATCH * max(1, min(MOST_AT_ONCE, EXPERT_TOKENS * experts // (2 * MICRO_BATCH)))
 
 
 @dataclass(frozen=True)
@@ -187,7 +204,8 @@ class Sweep:
 
     def _begin(self, finished: int) -> tuple[Streams, int]:
         """The hidden states to go on from, and the block that they are inputs of."""
-        batches = micro_batches(list(self.windows), MICRO_BATCH)
+        tokens = micro_batch(self.plan.anatomy, self.plan.recipe, self.device)
+        batches = micro_batches(list(self.windows), tokens)
         self.lanes = self.lanes.of(batches)
         scratch = self.run.path / SCRATCH / f"{self.lanes.rank}"
         trains = self.plan.recipe.float_stream
