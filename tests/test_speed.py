@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowbit.cli import main
-from lowbit.kernels import speed, speed_cpu
+from lowbit.kernels import speed, speed_caches, speed_cpu
 from lowbit.kernels.speed import Row, Speed
 
 GPU = torch.cuda.is_available() and speed.available(torch.cuda.current_device())
@@ -58,8 +58,9 @@ def test_a_gpu_measures_every_table() -> None:
         *speed.float_rows(rates, shapes=((256, 512),), tokens=(1,)),
         *speed.codes_rows(rates, shapes=((256, 512),), tokens=(1, 32)),
         *speed.encoding_rows(rates, widths=(1024,), tokens=(64,)),
+        *speed_caches.rows(rates, batches=(2,), lengths=(512,)),
     ]
-    assert len(rows) == 1 + 2 + 4 + 12
+    assert len(rows) == 1 + 2 + 4 + 12 + 4
     assert [row.work for row in rows[:3]] == ["W4A16 256→512", "NVFP4A16 256→512", "MXFP4A16 256→512"]
     assert all(row.lowbit is not None and row.lowbit > 0 and row.plain > 0 for row in rows)
     assert [row.library is not None for row in rows[:7]] == [True, False, False, False, True, False, True]

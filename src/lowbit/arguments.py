@@ -111,8 +111,8 @@ def _add_machine_options(machine: argparse._ArgumentGroup) -> None:
         "--gpus",
         type=int,
         metavar="N",
-        help="experimental: share the calibration text and the rounding between N GPUs of this machine (or start N "
-        "processes by torchrun, without this option); proved on processes of a CPU, not yet on several GPUs",
+        help="share the calibration text and the rounding between N GPUs of this machine (or start N processes by "
+        "torchrun, without this option)",
     )
     machine.add_argument(
         "--lanes",

@@ -291,9 +291,20 @@ def by_steps(x: Tensor, how: dynamic.Encoder) -> tuple[Tensor, Tensor]:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
+# --- attention to caches ----------------------------------------------------------------------------------------------
+
+
+def cache_rows(rates: tuple[float, float]) -> Iterator[Row]:
+    """One new token's attention to keys and values in 16 bits and in codes."""
+    from .speed_caches import rows
+
+    return rows(rates)
+
+
 TABLES: dict[str, Callable[[tuple[float, float]], Iterator[Row]]] = {
     "weights in codes, inputs in 16 bits": weight_only_rows,
     "weights in floats of 4 bits, inputs in 16 bits": float_rows,
     "weights and inputs in codes": codes_rows,
     "inputs to codes": encoding_rows,
+    "attention of one token to a cache (M: texts)": cache_rows,
 }
