@@ -20,7 +20,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __cluster_dims__(x, y, z)
 
 typedef unsigned int u32;
@@ -32,6 +32,7 @@ struct alignas(16) float4 { float x, y, z, w; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::max;
 using std::min;
 
 template <class To, class From>
@@ -75,6 +76,7 @@ static Meeting of_cluster;
 static ucontext_t turns;
 static Fibre* current;
 static long progress;
+static Place gridDim;
 
 #define threadIdx (current->thread)
 #define blockIdx (current->block)
@@ -103,7 +105,26 @@ inline u32 minus(u32 a, u32 b) {
 inline u32 times(u32 a, u32 b) {
     return packed(value_of(a & 0xffff) * value_of(b & 0xffff), value_of(a >> 16) * value_of(b >> 16));
 }
-inline uint4 stream(const uint4* at) { return *at; }
+inline u32 packed_bfloat(float low, float high) {
+    const auto rounded = [](float value) {
+        const u32 bits = __float_as_uint(value);
+        return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    };
+    return rounded(low) | rounded(high) << 16;
+}
+inline u32 fuse(u32 a, u32 b, u32 c) {  // the product of two fp16 is exact in fp64, and so is the sum, nearly always
+    const auto one = [&](int shift) {
+        const double sum = (double)half_value(a >> shift) * half_value(b >> shift) + half_value(c >> shift);
+        return (u32)same_bits<u16>((_Float16)sum);
+    };
+    return one(0) | one(16) << 16;
+}
+inline float two_to(float x) { return std::exp2(x); }
+template <class Vector>
+inline Vector stream(const Vector* at) { return *at; }
+inline float4 fresh(const float4* at) { return *at; }
+inline void prefetch(const void*) {}
+inline long long glimpse(const long long* at) { return *at; }
 
 inline void copy(uint4* to, const uint4* from, bool there) {
     current->open.push_back({to, there ? *from : uint4{0, 0, 0, 0}});
@@ -121,6 +142,47 @@ inline void __syncthreads() { meet_at(block_here().meetings[0], block_threads())
 inline void meet_cluster() { meet_at(of_cluster, fibres.size()); }
 inline void meet_neighbours() {}
 inline float4 peek(const float4* at, int rank) { return blocks[rank].memory[at - block_memory()]; }
+
+// What each lane hands in, seen by all of its warp.
+template <class Look>
+inline auto together(u32 mine, const Look& look) {
+    Warp& warp = block_here().warps[threadIdx.x / 32];
+    warp.a[threadIdx.x % 32][0] = mine;
+    meet_at(warp.meeting, 32);
+    const auto found = look([&](int lane) { return warp.a[lane][0]; }, threadIdx.x % 32);
+    meet_at(warp.meeting, 32);
+    return found;
+}
+inline float __shfl_sync(u32, float mine, int from) {
+    return together(__float_as_uint(mine), [&](const auto& of, int) { return __uint_as_float(of(from)); });
+}
+inline float __shfl_xor_sync(u32, float mine, int step) {
+    return together(__float_as_uint(mine), [&](const auto& of, int lane) { return __uint_as_float(of(lane ^ step)); });
+}
+inline bool __any_sync(u32, bool mine) {
+    return together(mine, [](const auto& of, int) {
+        bool any = false;
+        for (int lane = 0; lane < 32; lane++) any |= of(lane) != 0;
+        return any;
+    });
+}
+inline u32 transposed(u32 pair) {
+    return together(pair, [](const auto& of, int lane) {
+        const int row = lane % 4 * 2, column = lane / 4;
+        const auto at = [&](int i) { return of(i * 4 + column / 2) >> column % 2 * 16 & 0xffff; };
+        return at(row) | at(row + 1) << 16;
+    });
+}
+inline u32 __byte_perm(u32 low, u32 high, u32 selected) {
+    u32 found = 0;
+    for (int i = 0; i < 4; i++) {
+        const u32 byte = selected >> 4 * i & 7;
+        found |= ((byte < 4 ? low : high) >> byte % 4 * 8 & 255) << 8 * i;
+    }
+    return found;
+}
+
+inline u32 arrive(u32* at) { return (*at)++; }
 
 // Each lane's four sums of products over `STEP` columns, of which a register holds `PER`.
 template <int STEP, int PER, class Sum, class Value>
@@ -143,6 +205,9 @@ inline void multiply_as(Sum (&sum)[4], const u32* a, u32 b0, u32 b1, const Value
 }
 inline void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
     multiply_as<16, 2>(sum, a, b0, b1, [](u32 bits) { return value_of(bits & 0xffff); });
+}
+inline void multiply_bfloat(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    multiply_as<16, 2>(sum, a, b0, b1, [](u32 bits) { return __uint_as_float(bits << 16); });
 }
 inline void multiply_bytes(int (&sum)[4], const u32* a, u32 b0, u32 b1) {
     multiply_as<32, 4>(sum, a, b0, b1, [](u32 bits) { return (int)(signed char)bits; });
@@ -204,7 +269,7 @@ static void run_cluster(Place first, int cluster, int threads, size_t bytes) {
 }
 
 static void run(void (*kernel)(void**), void** arguments, const u32* grid, int threads, int cluster, size_t bytes) {
-    body = kernel, given = arguments;
+    body = kernel, given = arguments, gridDim = {grid[0], grid[1]};
     for (u32 y = 0; y < grid[1]; y++)
         for (u32 x = 0; x < grid[0]; x += cluster) run_cluster({x, y}, cluster, threads, bytes);
 }

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowbit.kernels import cache_append, cache_attention
 from lowbit.kernels.cache_append import empty, fill
 from lowbit.kernels.cache_attention import Held, format_refusal
+from lowbit.kernels.compile import available
 from lowbit.modules.attention import as_cache, attach, attention_modules
 from lowbit.numerics.kv import KV, Quantizer, decode, encode, fit, kivi
 from lowbit.runtime.decode import Decoder, one_token
@@ -28,10 +29,10 @@ FORMATS = {
     "k2v4": KV(2, 4, "group", 16),
     "group": KV(4, 8, "group", 32),
     "zero": KV(4, 4, rule="zero-point"),
-    "symmetric": KV(8, 4, rule="symmetric"),
+    "symmetric": KV(8, 2, rule="symmetric"),
     "together": KV(4, 4, together=True),
     "e4m3": KV(8, 8, rule="e4m3"),
-    "static": KV(8, 4, "head"),
+    "static": KV(8, 8, "head"),
     "kivi2": kivi(2, 2, group=32, residual=32),
     "kivi4": kivi(4, 4, group=16, residual=16),
     "kivi8": kivi(8, 2, group=8, residual=16),
@@ -44,8 +45,10 @@ DTYPES = [(name, torch.float16) for name in FORMATS] + [
     (name, torch.bfloat16) for name in FORMATS if GPU or name in ("kv4", "group")
 ]
 """The interpreter takes the bits of bf16 operands for integers, and a ring's keys are such."""
-SHAPES = [(1, 4, 1, 64), (1, 6, 2, 64), (1, 7, 1, 128)]
-LENGTHS = [1, 63, 64, 65, 4097] if GPU else [1, 100]
+KERNELS = ["triton", *(["cuda"] if GPU and available(torch.cuda.current_device()) else [])]
+"""`test_cache_attention_cuda.py` runs the other one's source where there is no GPU."""
+SHAPES = [(1, 4, 1, 64), (1, 6, 2, 64), (1, 7, 1, 128), *([(2, 12, 1, 128), (3, 16, 2, 256)] if GPU else [])]
+LENGTHS = [1, 15, 63, 64, 65, 1000, 4097] if GPU else [1, 100]
 
 
 class Cache:
@@ -66,8 +69,8 @@ class Cache:
             encoded = make(x[:, :, :coded]) if coded else None
             exact = x[:, :, coded:]
             fill(held, encoded, exact[:, :, -held.exact.shape[2] :] if held.exact is not None else None)
-            old = decode(encoded, part, x.shape[-1], affine=affine).to(x.dtype) if encoded else x[:, :, :0]
-            seen.append(torch.cat([old, exact], 2))
+            old = decode(encoded, part, x.shape[-1], affine=affine) if encoded else x[:, :, :0].float()
+            seen.append(torch.cat([old, exact.float()], 2))
             sides.append(held)
         self.sides, self.seen = (sides[0], sides[1]), (seen[0], seen[1])
 
@@ -82,47 +85,60 @@ def poison(held: Held) -> None:
             part.fill_(float("nan") if part.is_floating_point() else 255)
 
 
-def attend(query: Tensor, cache: Cache, mask: Tensor | None, scale: float, turned: Tensor | None = None) -> Tensor:
-    """The kernel, wherever it runs."""
-    from lowbit.kernels.cache_attention_triton import attend as fused
+def attend(
+    kernel: str, query: Tensor, cache: Cache, mask: Tensor | None, scale: float, turned: Tensor | None = None,
+    much: bool = False,
+) -> Tensor:  # fmt: skip
+    """A kernel, wherever it runs; the CUDA C++ by its plan for much work or for little."""
+    from lowbit.kernels import cache_attention_cuda, cache_attention_triton
 
     keys, values = cache.sides
-    return fused(
+    operands = (
         query, query if turned is None else turned, keys.operands, values.operands, cache.count, mask, scale,
         keys.format, values.format,
     )  # fmt: skip
+    if kernel == "triton":
+        return cache_attention_triton.attend(*operands)
+    group, bits = query.shape[1] // cache.seen[0].shape[1], max(keys.format[0], values.format[0])
+    plan = cache_attention_cuda.plan(query.shape[-1], group, bits, 1e6 if much else 1.0)
+    return cache_attention_cuda.attend(*operands, plan)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("name", "dtype"), DTYPES, ids=str)
-def test_one_token_attends_to_codes(name: str, dtype: torch.dtype) -> None:
+def test_one_token_attends_to_codes(name: str, dtype: torch.dtype, kernel: str) -> None:
     """Lengths that fill no block, splits without a position, odd groups of heads, room for more; twice each."""
     behind = [150] if FORMATS[name].residual >= 100 else []
     for index, length in enumerate(LENGTHS + behind):
-        texts, heads, shared, width = SHAPES[(index + 1) % len(SHAPES)]
+        number = (index + 1) % len(SHAPES)
+        texts, heads, shared, width = SHAPES[number]
+        much = (number % 2 == 0) == (dtype == torch.float16)
         query = torch.randn(texts, heads, 1, width, device=DEVICE).to(dtype)
         keys, values = ((torch.randn(texts, shared, length, width, device=DEVICE) + 0.3).to(dtype) for _ in range(2))
         cache = Cache(FORMATS[name], keys, values, length + 70)
         expected = by_formula(query, *cache.seen, None, width**-0.5)
         for _ in range(2):
-            found = attend(query, cache, None, width**-0.5)
+            found = attend(kernel, query, cache, None, width**-0.5, much=much)
             assert ((found.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * (1 + expected.abs())).all()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["kv4", "kivi2"])
 @pytest.mark.parametrize("each", [False, True])
-def test_masked_positions_are_not_seen(each: bool, name: str) -> None:
+def test_masked_positions_are_not_seen(each: bool, name: str, kernel: str) -> None:
     texts, length = 2, 120
     query = torch.randn(texts, 4, 1, 64, device=DEVICE).half()
     keys, values = (torch.randn(texts, 2, length, 64, device=DEVICE).half() for _ in range(2))
     cache = Cache(FORMATS[name], keys, values, length + 3)
     starts = torch.tensor([70, 3])[: texts if each else 1]
     mask = (torch.arange(length + 3) >= starts[:, None])[:, None, None].to(DEVICE)
-    found = attend(query, cache, mask, 0.125)
+    found = attend(kernel, query, cache, mask, 0.125)
     expected = by_formula(query, *cache.seen, mask, 0.125)
     assert ((found.double() - expected).abs() <= 2**-8 * (1 + expected.abs())).all()
 
 
-def test_a_key_map_turns_the_query_for_codes_only() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_key_map_turns_the_query_for_codes_only(kernel: str) -> None:
     """Rotated keys in codes, keys as they came in the ring."""
     turn = torch.linalg.qr(torch.randn(64, 64))[0]
     query = torch.randn(1, 4, 1, 64).half().to(DEVICE)
@@ -136,7 +152,7 @@ def test_a_key_map_turns_the_query_for_codes_only() -> None:
     encoded = encode(turned_keys[:, :, :coded].float(), key_part)
     fill(cache.sides[0], encoded, None)
     seen = torch.cat([decode(encoded, key_part, 64) @ turn.T.to(DEVICE), keys[:, :, coded:].float()], 2)
-    found = attend(query, cache, None, 0.125, (query.float() @ turn.to(DEVICE)).half())
+    found = attend(kernel, query, cache, None, 0.125, (query.float() @ turn.to(DEVICE)).half())
     expected = by_formula(query, seen, cache.seen[1], None, 0.125)
     assert ((found.double() - expected).abs() <= 2**-8 * (1 + expected.abs())).all()
 

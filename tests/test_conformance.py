@@ -50,6 +50,8 @@ OTHER_FORMATS = [
 ]
 """On these the methods that fit ranges or round; every slot is seen, not every pairing."""
 METHODS = sorted({*TRANSFORMS, *CLIPS, *ROUNDS} - {"minmax"}) + ["awq+gptq", "smoothquant+gptq", "mse+gptq"]
+QUICK = {"spinquant": ["spinquant.steps=1"], "osplus": ["osplus.steps=8"]}
+"""What takes long and is tested elsewhere."""
 
 
 def accepted(method: str, scheme: str) -> bool:
@@ -155,7 +157,7 @@ def block_quantizer(number, group):
 )
 def test_every_method_on_every_scheme(llama: tuple[Path, Path], tmp_path: Path, method: str, scheme: str) -> None:
     model, text = llama
-    settings = ["spinquant.steps=1"] if method == "spinquant" else []
+    settings = QUICK.get(method, [])
     result = quantize(model, text, f"{method}-{scheme}", tmp_path / "out", settings=settings)
     assert all(0 <= block["error_after"] < 1 for block in result.blocks)
     ids = tokens()

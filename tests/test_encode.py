@@ -225,7 +225,7 @@ RECIPES = {
 
 BEFORE = ["smoothquant", "flatquant"]
 AFTER = ["lorc4"]
-QUICK = {"flatquant": "flatquant.epochs=1", "quipsharp": "quipsharp.sweeps=1"}
+QUICK = {"flatquant": "flatquant.epochs=1", "quipsharp": "quipsharp.sweeps=1", "billm": "billm.most=4"}
 """What takes long and is tested elsewhere."""
 
 

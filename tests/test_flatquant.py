@@ -453,7 +453,7 @@ def test_the_ablation() -> None:
     """On planted outliers every part lowers the block's error, and thresholds do better behind P than in front."""
     errors = {}
     for name, parts in PARTS.items():
-        settings = FlatQuant(batch=2, epochs=30, **parts)
+        settings = FlatQuant(batch=2, epochs=15, **parts)
         flat = Training(bench("llama", settings, outliers=True, batches=4).student(), settings)
         flat.fit()
         errors[name] = error(flat)

@@ -2,7 +2,8 @@
 
 The library's kernels want keys and values repeated for every head of a group, in memory; for a token that copy costs
 more than attention itself. Here a program takes some of a head's positions for the whole group, and the last one to
-finish puts the parts together, always in the same order.
+finish puts the parts together, always in the same order. It is written in CUDA C++ for a Hopper, by the way of codes
+(`cache_attention.cu`), and in Triton for others.
 
 Shape letters: B texts, H heads, K key-value heads, L positions, h head width.
 """
@@ -27,7 +28,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
 
 
 def fits(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel takes these tensors."""
+    """Whether the kernels take these tensors."""
     shaped = query.shape[2] == 1 and query.shape[3] in _WIDTHS and keys.shape == values.shape
     dense = keys.stride() == values.stride() and keys.stride(3) == 1
     known = mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1))
@@ -40,8 +41,10 @@ def reference(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, 
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    from .attention_triton import attend as fused
+    from . import attention_triton, cache_attention_cuda
 
+    fits = cache_attention_cuda.plain_refusal(query, keys, values) is None
+    fused = cache_attention_cuda.attend_plain if fits else attention_triton.attend
     return fused(query, keys, values, mask, scale)
 
 

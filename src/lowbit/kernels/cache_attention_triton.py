@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_triton import arrived, combine
+from .cache_attention import strides
 from .cache_codes_triton import bytes_of, plane, ring, unpack
 
 
@@ -240,8 +241,3 @@ def attend(
         NATIVE=query.is_cuda, num_warps=PLAN.warps,
     )  # fmt: skip
     return out
-
-
-def strides(scale: Tensor) -> tuple[int, ...]:
-    """From one text, head and token (or group of tokens) to the next, 0 where they share a scale."""
-    return tuple(0 if size == 1 else step for size, step in zip(scale.shape[:3], scale.stride()[:3], strict=True))

@@ -17,8 +17,10 @@ from torch import Tensor
 Constants = tuple[tuple[str, int], ...]
 """Names and values that the host puts in front of a source."""
 
-PRELUDE = ("ptx.cuh", "codes.cuh", "bytes.cuh")
-"""What stands before every kernel."""
+_WEIGHTS = ("ptx.cuh", "codes.cuh", "bytes.cuh")
+_CACHES = ("ptx.cuh", "cache_attention_codes.cuh", "cache_attention_sums.cuh")
+PRELUDE = {"product": _WEIGHTS, "dequantize": _WEIGHTS, "cache_attention": _CACHES}
+"""What stands before each kernel."""
 _UNASKED = 48 * 1024
 """Bytes of shared memory from which on a block has to ask for it."""
 _OVERLAPS = 6
@@ -79,10 +81,10 @@ class Kernel:
 
 @cache
 def source(name: str, constants: Constants) -> str:
-    """The whole text of a kernel: constants, what all kernels share, and NAME.cu."""
+    """The whole text of a kernel: constants, what it shares with others, and NAME.cu."""
     folder = Path(__file__).parent
     parts = [f"#define {key} {value}" for key, value in constants]
-    parts += [(folder / part).read_text("utf8") for part in (*PRELUDE, f"{name}.cu")]
+    parts += [(folder / part).read_text("utf8") for part in (*PRELUDE[name], f"{name}.cu")]
     return "\n".join(parts)
 
 

@@ -17,9 +17,11 @@ Shape letters: M tokens, K features, n1 x n2 = K.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from functools import cache, reduce
 from importlib.util import find_spec
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -135,17 +137,28 @@ def _factors(map: Map | None, device: torch.device | str) -> Factors | None:
 
 
 def _hadamard_sides(map: Hadamard) -> tuple[Tensor, Tensor | None] | None:
-    """A Hadamard matrix as the product of two of about equal size, of signs; None where one is too large."""
+    """A Hadamard matrix as the two of signs that take the fewest operations; None where one is too large."""
     orders = hadamard_factors(map.order)
     assert orders is not None
     if map.repeat > 1:
         return reduce(torch.kron, [hadamard_factor(order) for order in orders]).float(), None
     parts = [hadamard_factor(part) for order in orders for part in _halves(order)]
-    for cut in range(1, len(parts) + 1):
-        sides = [reduce(torch.kron, side, torch.ones(1, 1)).float() for side in (parts[:cut], parts[cut:])]
-        if max(len(sides[0]), len(sides[1])) <= _SIDE:
-            return sides[0], sides[1]
-    return None
+    sides = accumulate((len(part) for part in parts), operator.mul)
+    fitting = [
+        (_cost(side, map.order // side), cut)
+        for cut, side in enumerate(sides, 1)
+        if max(side, map.order // side) <= _SIDE
+    ]
+    if not fitting:
+        return None
+    cut = min(fitting)[1]
+    left, right = (reduce(torch.kron, side, torch.ones(1, 1)).float() for side in (parts[:cut], parts[cut:]))
+    return left, right
+
+
+def _cost(n1: int, n2: int) -> int:
+    """Operations of both products for a token, of sides as the kernel pads them."""
+    return padded(n1) * padded(n2) * (padded(n1) + padded(n2))
 
 
 def _halves(order: int) -> list[int]:

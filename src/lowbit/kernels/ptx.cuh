@@ -52,6 +52,31 @@ __device__ __forceinline__ u32 packed(float low, float high) {  // rounded to 16
     return d;
 }
 
+__device__ __forceinline__ u32 packed_bfloat(float low, float high) {  // the same to bf16 in any kernel
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ u32 fuse(u32 a, u32 b, u32 c) {  // a b + c of two fp16 at once, rounded once
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+__device__ __forceinline__ float two_to(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// A matrix of 8 x 8 numbers of 16 bits, two neighbours of row lane / 4 in every lane, transposed.
+__device__ __forceinline__ u32 transposed(u32 pair) {
+    u32 d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
+    return d;
+}
+
 // sum += A B of mma.m16n8k16: rows of A and columns of B are lane / 4 (and 8 more), four registers and two.
 __device__ __forceinline__ void multiply(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
 #if BFLOAT
@@ -59,6 +84,13 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32* a, u32 b0, 
 #else
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
 #endif
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with bf16 on both sides, whatever the kernel's format is.
+__device__ __forceinline__ void multiply_bfloat(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -81,6 +113,42 @@ __device__ __forceinline__ uint4 stream(const uint4* at) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ uint2 stream(const uint2* at) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 stream(const u32* at) {
+    u32 v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+// What another block wrote in this kernel, past this processor's own cache.
+__device__ __forceinline__ float4 fresh(const float4* at) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
+    return v;
+}
+
+// One more has come: how many had before. What they and those they met had written is there then.
+__device__ __forceinline__ u32 arrive(u32* at) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(at) : "memory");
+    return before;
+}
+
+// Into the cache that all processors share, where later writes go too: so this is no reading.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" :: "l"(at)); }
+
+__device__ __forceinline__ long long glimpse(const long long* at) {  // a number that may change just now
+    long long v;
+    asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(v) : "l"(at) : "memory");
     return v;
 }
 
@@ -115,8 +183,9 @@ __device__ __forceinline__ float4 peek(const float4* at, int rank) {  // the sam
     return v;
 }
 
-// From here on the next kernel may begin, and everything that earlier ones wrote is there. Before it only weights are
-// read: they have been in place since the model was loaded, so they come in while the kernel before this one ends.
+// Everything that earlier kernels wrote is there from here on, and the next kernel may begin. Before it only weights are
+// read: they have been in place since the model was loaded, so they come in while the kernel before this one ends. The
+// order matters: a kernel that knows its neighbour to be done may rely on all that came before.
 __device__ __forceinline__ void meet_neighbours() {
-    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 }

@@ -1,7 +1,8 @@
 """Attention of one new token to a cache: 16 bits against codes, the last table of `lowbit speed`.
 
 Heads are Llama-3-8B's, and caches are full. Every rival goes through so many of them that none is met again while it
-lies in the processor's own cache. Limit: the bytes of all keys and values, with their scales, over a copy's bandwidth.
+lies in the processor's own cache; queries and the number of tokens, which a model has just made, lie there. Limit: the
+bytes of all keys and values, with their scales, over a copy's bandwidth.
 
 Shape letters: B texts, H heads, K key-value heads, L positions, h head width.
 """
@@ -51,8 +52,8 @@ def sixteen(batch: int, length: int) -> tuple[tuple[list[Call], list[Call]], int
     size = 4 * batch * SHARED * length * WIDTH
     library: list[Call] = []
     ours: list[Call] = []
+    query = torch.randn(batch, HEADS, 1, WIDTH, device="cuda").bfloat16()
     for _ in range(turns(size)):
-        query = torch.randn(batch, HEADS, 1, WIDTH, device="cuda").bfloat16()
         keys, values = (torch.randn(batch, SHARED, length, WIDTH, device="cuda").bfloat16() for _ in range(2))
         library.append(partial(F.scaled_dot_product_attention, query, keys, values, enable_gqa=True))
         ours.append(partial(attention.attend, query, keys, values, None, WIDTH**-0.5))
@@ -64,8 +65,9 @@ def codes(kv: KV, batch: int, length: int) -> tuple[tuple[list[Call], list[Call]
     attends: list[Call] = []
     writes: list[Call] = []
     size = 0
+    query = torch.randn(batch, HEADS, 1, WIDTH, device="cuda").bfloat16()
+    count, last = (torch.tensor(number, device="cuda") for number in (length, length - 1))
     while not attends or len(attends) < turns(size):
-        query = torch.randn(batch, HEADS, 1, WIDTH, device="cuda").bfloat16()
         new = torch.randn(2, batch, SHARED, 1, WIDTH, device="cuda").bfloat16()
         sides: list[Held] = []
         encoders: list[Callable[[Tensor], Encoded]] = []
@@ -77,7 +79,6 @@ def codes(kv: KV, batch: int, length: int) -> tuple[tuple[list[Call], list[Call]
             sides.append(held)
             encoders.append(make)
         keys, values = sides
-        count, last = (torch.tensor(number, device="cuda") for number in (length, length - 1))
         assert cache_attention.refusal(query, keys, values, None) is None
         attends.append(partial(cache_attention.attend, query, keys, values, count, None, WIDTH**-0.5, None))
         parts = (new[0], new[1]), last, torch.zeros_like(last), (encoders[0], encoders[1]), None, False
