@@ -20,7 +20,8 @@ from lowbit.runtime.decode import Decoder, decodable, end_tokens, likeliest
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-FAMILIES = ["llama", "qwen3", "opt", "gpt2"]
+FAMILIES = ["llama", "qwen3", "opt", "gpt2", "gpt_neox", "mixtral", "deepseek_v3", "stablelm"]
+FAMILIES += ["bloom", "falcon-7b", "falcon-40b", "falcon-rw"]  # attention of their own, with ALiBi or without
 
 
 def model_of(family: str) -> PreTrainedModel:

@@ -248,8 +248,10 @@ def test_plans_fit_the_device(processors: int) -> None:
     for tokens in range(1, 17):
         for tiles in (1, 2, 43, 64, 256, 384, 896, 1792, 8016):
             for units in (1, 2, 3, 6, 32, 112, 224):
-                makers = [weight_only._plan, *([weight_only._plan_of_many] if tokens >= weight_only.SCALED else [])]
-                for plan in (make(tokens, tiles, units, processors) for make in makers):
+                place = (tokens, tiles, units, processors)
+                plans = [weight_only._plan(*place, thick) for thick in (False, True)]
+                plans += [weight_only._plan_of_many(*place)] if tokens >= weight_only.SCALED else []
+                for plan in plans:
                     assert 32 * plan.row_warps * plan.k_warps <= (1024 if plan.rows == 1 else 512)
                     assert plan.shared <= 200 * 1024
                     assert plan.k_warps * plan.cluster <= units and plan.cluster in (1, 2)
@@ -331,7 +333,7 @@ PLANS = [
     Plan(1, 2, 3, 2, 2, 1, 3),
     Plan(1, 3, 2, 1, 2, 2, 2),
     Plan(1, 1, 1, 2, 4, 1, 2),
-    Plan(1, 8, 4, 1, 1, 2, 3),
+    Plan(1, 8, 4, 1, 1, 2, 3, late=True),
 ]
 
 
@@ -366,7 +368,7 @@ def test_the_source_shares_out_the_work_in_every_way(plan: Plan) -> None:
 @pytest.mark.parametrize("spec", FORMATS[1:10:4], ids=str)
 def test_the_source_multiplies_integers_by_their_scales(spec: Spec, dtype: torch.dtype) -> None:
     """For many tokens, and only if scales are stored in fp16."""
-    plan, weight, x = Plan(2, 5, 2, 1, 1, 1, 2), quantized(67, 384, spec), torch.randn(37, 384).to(dtype)
+    plan, weight, x = Plan(2, 5, 2, 1, 1, 1, 2, late=True), quantized(67, 384, spec), torch.randn(37, 384).to(dtype)
     prepared = prepare(weight)
     assert weight_only.scaled(plan, prepared) == (prepared.scale.dtype == torch.float16)
     close(weight_only.product(x, prepared, None, plan), x, multiplied(weight, dtype, plan))

@@ -11,7 +11,7 @@
 //
 // More constants from the host: BIAS; ROWS, TOKENS (tiles of rows and of eight tokens, of a warp); ROW_WARPS, K_WARPS
 // (of a block); CLUSTER (blocks that share rows); DEPTH (units in flight); STAGES (units whose inputs are in shared
-// memory: 0, or 2 and more).
+// memory: 0, or 2 and more); LATE (inputs are read when weights are unpacked).
 
 constexpr int FRAGMENTS = ROWS * TOKENS;
 
@@ -122,8 +122,8 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
     Sums part;  // of a group, where its scale is not in the values
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) {
-        uint4 early[TOKENS];  // for few tokens it is their arrival that takes time, for many it is room for them
-        if (!SCALED)
+        uint4 early[TOKENS];  // takes registers, and saves waiting
+        if (!LATE)
 #pragma unroll
             for (int n = 0; n < TOKENS; n++) early[n] = read(block, n);
         u32 a[ROWS][8];
@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
         for (int r = 0; r < ROWS; r++) unpack(a[r], codes[r], block);
 #pragma unroll
         for (int n = 0; n < TOKENS; n++) {
-            const uint4 x = SCALED ? read(block, n) : early[n];
+            const uint4 x = LATE ? read(block, n) : early[n];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 float(&sum)[4] = WHOLE ? sums[r][n] : part[r][n];

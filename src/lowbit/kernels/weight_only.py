@@ -8,7 +8,7 @@ few per cent of it. Elsewhere than on a GPU, `reference` is the whole story.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -48,6 +48,8 @@ class Plan:
     cluster: int
     depth: int
     stages: int
+    late: bool = False
+    """Inputs are read when weights are unpacked, and not before."""
 
     @property
     def shared(self) -> int:
@@ -56,9 +58,7 @@ class Plan:
 
     def constants(self) -> Constants:
         """What the source is compiled with."""
-        names = ("ROWS", "TOKENS", "ROW_WARPS", "K_WARPS", "CLUSTER", "DEPTH", "STAGES")
-        values = (self.rows, self.tokens, self.row_warps, self.k_warps, self.cluster, self.depth, self.stages)
-        return tuple(zip(names, values, strict=True))
+        return tuple((field.name.upper(), int(getattr(self, field.name))) for field in fields(self))
 
 
 def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
@@ -111,12 +111,12 @@ def plan(tokens: int, weight: Prepared) -> Plan:
     (tiles, units), device = weight.low.shape[:2], weight.low.device
     if tokens > _TOKENS * (SCALED - 1) and _folds(weight):
         return _plan_of_many(-(-tokens // _TOKENS), tiles, units, _processors(device))
-    return plan_for(tokens, tiles, units, device)
+    return plan_for(tokens, tiles, units, device, thick=weight.factor is not None)
 
 
-def plan_for(tokens: int, tiles: int, units: int, device: torch.device) -> Plan:
-    """The same for a weight of so many tiles of rows and units of columns."""
-    return _plan(-(-tokens // _TOKENS), tiles, units, _processors(device))
+def plan_for(tokens: int, tiles: int, units: int, device: torch.device, *, thick: bool) -> Plan:
+    """The same for a weight of so many tiles of rows and units of columns, whose codes take more registers or not."""
+    return _plan(-(-tokens // _TOKENS), tiles, units, _processors(device), thick)
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
@@ -172,16 +172,20 @@ def start(
 
 
 @cache
-def _plan(tokens: int, tiles: int, units: int, processors: int) -> Plan:
+def _plan(tokens: int, tiles: int, units: int, processors: int, thick: bool) -> Plan:
     """The plan for tiles of eight tokens, tiles of rows and units of columns: rules read off searches on Hopper.
 
-    One tile of tokens: many warps, each with little to wait for; what they read of x stays in L1. More of them: warps
-    of several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
+    One tile of tokens: many warps, each with little to wait for; what they read of x stays in L1. Two blocks of 16
+    warps with `thick` codes have no room on a processor beside each other, and one of 32 has. More of them: warps of
+    several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
     """
     if tokens == 1:
-        row_warps = 2 if processors < tiles <= 2 * processors else 1
-        return Plan(1, 1, row_warps, min(units, 16 if 2 * tiles < 7 * processors else 8), 1, 1, 0)
+        few = 2 * tiles < 7 * processors
+        row_warps = 2 if thick and processors < tiles <= 2 * processors else 1
+        return Plan(1, 1, row_warps, min(units, 16 if few else 8), 1, 1, 0, late=not few and not thick)
     short = units <= 64
+    if tokens == 2 and not short and tiles <= 2 * processors:
+        return Plan(2, 2, 2, min(units // 2, 8), 2, 1, 3)
     if tokens == 2 and short and processors < tiles <= 2 * processors:
         return Plan(2, 2, 1, min(units, 16), 1, 1, 0)
     tokens = min(tokens, MOST)
@@ -212,7 +216,7 @@ def _plan_of_many(tokens: int, tiles: int, units: int, processors: int) -> Plan:
 
     clusters = (1, 2) if units > 1 else (1,)
     cluster = max(clusters, key=lambda each: (busy(each), row_warps(each), -each))
-    return Plan(2, min(tokens, MOST), row_warps(cluster), min(4, units // cluster), cluster, 1, 2)
+    return Plan(2, min(tokens, MOST), row_warps(cluster), min(4, units // cluster), cluster, 1, 2, late=True)
 
 
 def _format(weight: Prepared, dtype: torch.dtype) -> Constants:

@@ -67,6 +67,10 @@ class Decoder:
         self.model, self.length, self.temperature = model, length, temperature
         self._one = torch.compile(self._next, dynamic=False, options=_options()) if compiled else self._next
         self._batch, self._merged = 0, False
+        # some versions of transformers make ALiBi for the tokens so far, where the cache has its full length
+        self._alibi = getattr(model.config, "alibi", False) or any(
+            hasattr(module, "build_alibi_tensor") for module in model.modules()
+        )
         self._cache: Any = None
 
     @torch.no_grad()
@@ -117,7 +121,8 @@ class Decoder:
 
     def _next(self, ids: Tensor) -> Tensor:
         """The next token [B, 1] behind `ids` and all that the cache holds."""
-        output = self.model(input_ids=ids, use_cache=True, **as_cache(self.model, self._cache))
+        mask = {"attention_mask": ids.new_ones(len(ids), self.length)} if self._alibi else {}
+        output = self.model(input_ids=ids, use_cache=True, **mask, **as_cache(self.model, self._cache))
         scores = output.logits[:, -1].float()
         if self.temperature > 0:
             return torch.multinomial((scores / self.temperature).softmax(-1), 1)
@@ -140,8 +145,8 @@ def _options() -> dict[str, Any]:
 
 @contextmanager
 def one_token(model: PreTrainedModel, cache: Any) -> Iterator[None]:
-    """Let attention of single tokens read keys and values once for all heads, where it would otherwise be `sdpa`; and
-    let it read the codes of a cache that has them.
+    """Let attention of single tokens read keys and values once for all heads, where it would otherwise be `sdpa` of
+    transformers' own choosing, which Falcon's is not; and let it read the codes of a cache that has them.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -150,7 +155,7 @@ def one_token(model: PreTrainedModel, cache: Any) -> Iterator[None]:
     layers = attached(model)
     for path, layer in layers.items():
         layer.held = cache.layers[model.get_submodule(path).layer_idx]
-    if before == "sdpa":
+    if before == "sdpa" and getattr(model, "_supports_attention_backend", False):
         AttentionInterface.register(ATTENTION, _attention)
         AttentionMaskInterface.register(ATTENTION, _mask)
         config._attn_implementation = ATTENTION
