@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lowbit
-from lowbit.modules.attention import as_cache
+from lowbit.modules.attention import as_cache, attach, attention_modules
+from lowbit.numerics.kv import KV
 from lowbit.runtime import decode
 from lowbit.runtime.cache import quantized_cache
 from lowbit.runtime.decode import Decoder, decodable, end_tokens, likeliest
@@ -102,6 +103,15 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="7 and 6 tokens are more than 12: ask for fewer"):
         Decoder(model, 12)(prompts(model, 1, 7), 6)
     assert not decodable(model_of("gemma3"))  # slides
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon-7b", "llama"])
+def test_codes_of_every_kind_of_attention(family: str) -> None:
+    model = model_of(family)
+    for _, module in list(attention_modules(model)):
+        attach(module, KV(8, 8))
+    ids = prompts(model, 2, 5)
+    assert torch.equal(Decoder(model, 24)(ids, 9), by_transformers(model, ids, 9, quantized_cache(model)))
 
 
 def test_a_loaded_models_codes_are_decodable(tmp_path: Path) -> None:

@@ -134,14 +134,13 @@ def prompts(batch: int, length: int) -> Tensor:
 @torch.no_grad()
 def steps(model: PreTrainedModel, ids: Tensor, prompt: int, held: Any, step: Any) -> Tensor:
     """Logits of every token from the prompt's last on."""
-    call = partial(model, use_cache=True, **as_cache(model, held))
-    if model.config.model_type == "bloom" and step is not Nothing:  # as `Decoder` does for ALiBi
-        call = partial(call, attention_mask=ids.new_ones(len(ids), 23))
-    with step():
-        found = [call(input_ids=ids[:, :prompt]).logits[:, -1:]]
-    for place in range(prompt, ids.shape[1]):
+    found = []
+    for part in (ids[:, :prompt], *ids[:, prompt:].split(1, 1)):
+        shown = {}
+        if model.config.model_type == "bloom":  # as `Decoder` does for ALiBi
+            shown = {"attention_mask": ids.new_ones(len(ids), held.get_mask_sizes(part.shape[1], 0)[0])}
         with step():
-            found.append(call(input_ids=ids[:, place : place + 1]).logits)
+            found.append(model(input_ids=part, use_cache=True, **shown, **as_cache(model, held)).logits[:, -1:])
     return torch.cat(found, 1)
 
 

@@ -67,7 +67,7 @@ class Decoder:
         self.model, self.length, self.temperature = model, length, temperature
         self._one = torch.compile(self._next, dynamic=False, options=_options()) if compiled else self._next
         self._batch, self._merged = 0, False
-        # some versions of transformers make ALiBi for the tokens so far, where the cache has its full length
+        # some versions of transformers make ALiBi for the tokens so far, where a cache shows its full length
         self._alibi = getattr(model.config, "alibi", False) or any(
             hasattr(module, "build_alibi_tensor") for module in model.modules()
         )
@@ -121,7 +121,9 @@ class Decoder:
 
     def _next(self, ids: Tensor) -> Tensor:
         """The next token [B, 1] behind `ids` and all that the cache holds."""
-        mask = {"attention_mask": ids.new_ones(len(ids), self.length)} if self._alibi else {}
+        mask = {}
+        if self._alibi:
+            mask["attention_mask"] = ids.new_ones(len(ids), self._cache.get_mask_sizes(ids.shape[1], 0)[0])
         output = self.model(input_ids=ids, use_cache=True, **mask, **as_cache(self.model, self._cache))
         scores = output.logits[:, -1].float()
         if self.temperature > 0:
