@@ -8,12 +8,12 @@ Shape letters: B texts, H heads in groups of G that share keys and values, L pos
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .attention_places import arrived
 
 PROGRAMS = 264
 """Programs to keep a GPU busy: two for each processor."""
@@ -110,9 +110,3 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
         SPAN=triton.next_power_of_2(splits), CHUNK=max(1, 4096 // (few * width)), MASK=mask is not None, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@cache
-def arrived(device: torch.device, count: int) -> Tensor:
-    """How many splits of a head are done: zeros, between two calls of one stream. Made before anything is recorded."""
-    return torch.zeros(count, dtype=torch.int32, device=device)

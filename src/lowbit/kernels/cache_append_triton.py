@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache_attention import strides
+from .attention_places import strides
 
 
 @triton.jit

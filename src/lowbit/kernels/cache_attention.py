@@ -150,11 +150,6 @@ def format_refusal(held: Held) -> str | None:
     return None
 
 
-def strides(scale: Tensor) -> tuple[int, ...]:
-    """From one text, head and token (or group of tokens) to the next, 0 where they share a scale."""
-    return tuple(0 if size == 1 else step for size, step in zip(scale.shape[:3], scale.stride()[:3], strict=True))
-
-
 def _attend(
     query: Tensor, turned: Tensor, keys: list[Tensor], values: list[Tensor], count: Tensor, mask: Tensor | None,
     scale: float, key_format: list[int], value_format: list[int],

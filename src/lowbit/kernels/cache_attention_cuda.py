@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_triton import arrived
-from .cache_attention import strides
+from .attention_places import arrived, strides
 from .compile import Constants, available, compiled
 from .weight_only import aligned
 

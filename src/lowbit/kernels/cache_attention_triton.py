@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_triton import arrived, combine
-from .cache_attention import strides
+from .attention_places import arrived, strides
+from .attention_triton import combine
 from .cache_codes_triton import bytes_of, plane, ring, unpack
 
 
