@@ -10,7 +10,7 @@ import torch
 
 from lowbit.cli import main
 from lowbit.kernels import speed, speed_caches, speed_cpu
-from lowbit.kernels.speed import Row, Speed
+from lowbit.kernels.speed_table import Row, Speed
 
 GPU = torch.cuda.is_available() and speed.available(torch.cuda.current_device())
 

@@ -10,7 +10,7 @@ Shape letters: M tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..numerics.spec import E2M1, E4M3, Int, Number, Spec, mx, nvfp4, per_channe
 from . import codes_product, dynamic, weight_only
 from .compile import available
 from .layout import Prepared, prepare
+from .speed_table import Row, Speed
 from .timing import Call, limits, microseconds, turns
 
 LLAMA_8B = ((4096, 4096), (4096, 14336), (14336, 4096))
@@ -35,56 +36,6 @@ MANY = 2048
 """Tokens of a prompt."""
 FLOATS = {"NVFP4": nvfp4(), "MXFP4": mx(E2M1)}
 """Formats of weights of 4-bit floats."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Microseconds of one piece of work: the limit, torch in 16 bits or step by step, its own operator, and ours."""
-
-    work: str
-    tokens: int
-    limit: float
-    plain: float
-    library: float | None
-    lowbit: float | None
-
-    @property
-    def times(self) -> float | None:
-        """How many times faster than plain torch."""
-        return None if self.lowbit is None else self.plain / self.lowbit
-
-
-@dataclass
-class Speed:
-    """Tables by name, and what could not be measured."""
-
-    device: str
-    torch: str
-    copy_bytes_per_second: float
-    product_flops: float
-    tables: dict[str, list[Row]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON of `lowbit speed --json`."""
-        rows = {name: [{**asdict(row), "times": row.times} for row in rows] for name, rows in self.tables.items()}
-        return {**asdict(self), "tables": rows}
-
-    def lines(self) -> Iterator[str]:
-        """What the screen says, in Markdown."""
-        yield f"{self.device}, torch {self.torch}"
-        rates = self.copy_bytes_per_second / 1e9, self.product_flops / 1e12
-        yield f"copy {rates[0]:,.0f} GB/s, bf16 product {rates[1]:,.2f} TFLOP/s"
-        for name, rows in self.tables.items():
-            yield f"\n{name}, microseconds\n"
-            yield "| | M | limit | torch | its own operator | lowbit | times |"
-            yield "|---|---|---|---|---|---|---|"
-            for row in rows:
-                found = (row.limit, row.plain, row.library, row.lowbit)
-                cells = ["–" if value is None else f"{value:.1f}" for value in found]
-                times = "–" if row.times is None else f"{row.times:.2f}"
-                yield f"| {' | '.join([row.work, str(row.tokens), *cells, times])} |"
-        yield from (f"\nmissing: {reason}" for reason in self.missing)
 
 
 def speed(device: torch.device, on_table: Callable[[str], None] = lambda _name: None) -> Speed:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..numerics.kv import KV, Encoded, encode, kivi
 from . import attention, cache_append, cache_attention
 from .cache_attention import Held
-from .speed import Row
+from .speed_table import Row
 from .timing import Call, microseconds, turns
 
 HEADS, SHARED, WIDTH = 32, 8, 128

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from .speed import Row, Speed
+from .speed_table import Row, Speed
 from .timing import Call
 
 SHAPE = (4096, 4096)
