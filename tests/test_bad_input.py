@@ -269,3 +269,13 @@ def test_calibration_windows_of_ones_own(tmp_path: Path) -> None:
     for wrong, sentence in refused:
         with pytest.raises(ValueError, match=sentence):
             lowbit.quantize(model, "gptq-w4a16-g16", tmp_path / "wrong", calibration=wrong)
+
+
+@pytest.mark.parametrize("command", ["quantize", "evaluate", "speed"])
+def test_an_option_that_no_command_has_is_answered_by_the_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if command == "speed" else ["demo"]
+    recipe = ["--recipe", "rtn-w4a16"] if command == "quantize" else []
+    sentence = said(capsys, command, *model, *recipe, "--windows", "4", status=2)
+    assert sentence == f"lowbit {command}: unrecognized arguments: --windows 4 (see lowbit {command} --help)"

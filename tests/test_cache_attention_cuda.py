@@ -73,7 +73,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compile]:
     headers(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_attention_cuda, "compiled", note)
-        patch.setattr(cache_attention_cuda, "_processors", lambda _device: 1)
+        patch.setattr(cache_attention_cuda, "processors", lambda _device: 1)
         for case in CASES:
             mask = torch.ones(1, 1, 1, 8, dtype=torch.bool) if case.masked else None
             found(case, case.query(1), *case.tokens(1, 1), mask)
@@ -95,7 +95,7 @@ def emulated(kernels: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_attention_cuda, "compiled", kernels)
     monkeypatch.setattr(cache_attention_cuda.torch, "empty", empty)
     monkeypatch.setattr(cache_attention_cuda.torch, "empty_like", lambda x: empty(*x.shape, dtype=x.dtype))
-    monkeypatch.setattr(cache_attention_cuda, "_processors", lambda _device: 1)
+    monkeypatch.setattr(cache_attention_cuda, "processors", lambda _device: 1)
 
 
 def found(

@@ -16,7 +16,13 @@ MODEL_HELP = "a model directory, a Hugging Face hub id, or `demo` (the small mod
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument errors in one sentence."""
+    """Argument errors in one sentence, which points to the help of the command that was called."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # argparse would let the parser of all commands say so
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -209,7 +209,7 @@ def _portable(error: Exception) -> Exception:
     note = traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # both run code of the error's own class, which may raise anything
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.add_note(note)
     return error

@@ -1,9 +1,10 @@
 """Attention of one new token to keys and values that are held as codes: codes are read, once for a group's heads.
 
-A cache of a quantized model that is dequantized for every token costs more than one of 16 bits. Here a program unpacks
-some positions in its registers, scale times code plus offset, rounded to fp16. For queries in fp16 that is the
-definition to the last bit, so that only the order of sums differs from attention to the dequantized cache; for queries
-in bf16 it has three bits more than the definition, but must be within fp16's range, as the stored scales must.
+A cache of a quantized model that is dequantized for every token costs more than one of 16 bits. Here codes are unpacked
+in registers, in CUDA C++ on a Hopper (`cache_attention.cu`) and in Triton on other GPUs. Triton's kernel multiplies
+every code by its scale, rounded to fp16, as the definition does for queries in fp16; in CUDA C++ the scale of a token
+multiplies its score or its probability instead, and no value is rounded. What belongs to bf16 has three bits more than
+the definition either way. Queries are brought into fp16's range by a power of two; stored scales are within it.
 
 A cache is told apart by `Held`: codes of older tokens as `numerics.kv` packs them, and, for KIVI, a ring of the newest
 tokens as they came. Where a key map P stands before the codes (QuaRot, FlatQuant), the kernel turns the query instead

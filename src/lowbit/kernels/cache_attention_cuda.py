@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention_places import arrived, strides
-from .compile import Constants, available, compiled
+from .compile import Constants, available, compiled, processors
 from .weight_only import aligned
 
 HEADS = 16
@@ -120,7 +120,7 @@ def _attend(
     query, turned = aligned(query), aligned(turned)
     (texts, heads, rows), width = sides[0][0].shape[:3], query.shape[-1]
     group, shared, bits = query.shape[1] // heads, texts * heads, max(form[0] for form in formats)
-    how = how or plan(width, group, bits, shared * rows / _processors(query.device))
+    how = how or plan(width, group, bits, shared * rows / processors(query.device))
     window, bfloat = formats[0][4], int(query.dtype == torch.bfloat16)
     pairs = -(-group // 2)
     entries = width // 2 * pairs
@@ -132,7 +132,7 @@ def _attend(
     room = _VECTOR * (how.warps * (entries + pairs) + 1)
     kernel = compiled("cache_attention", constants, query.device.index, room)
     tiles = -(-rows // how.tile) + (window // 16 + 2 if window else 0)
-    splits = _splits(shared, -(-tiles // how.warps), _processors(query.device) * how.resident)
+    splits = _splits(shared, -(-tiles // how.warps), processors(query.device) * how.resident)
     out = torch.empty_like(query)
     parts = (torch.empty(shared * splits * many, 4, device=query.device) for many in (entries, pairs))
     mask = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -163,8 +163,3 @@ def _splits(shared: int, most: int, places: int) -> int:
     choices = range(1, max(1, min(most, max(places // shared, 4))) + 1)
     best = max(map(full, choices))
     return next(splits for splits in choices if full(splits) > best - 0.05)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

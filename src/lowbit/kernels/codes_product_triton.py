@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .codes_product import Operand
+from .compile import processors
 
 
 class Tiles(NamedTuple):
@@ -72,7 +73,7 @@ def product(
     y = torch.empty(tokens, outputs, device=codes.device, dtype=dtype)
     how = tiles or plan(tokens)
     count = triton.cdiv(tokens, how.m) * triton.cdiv(outputs, how.n)
-    programs = min(count, _processors(codes)) if how.m * how.n >= _LARGE else count
+    programs = min(count, processors(codes.device)) if how.m * how.n >= _LARGE else count
     _product[(programs,)](
         TensorDescriptor.from_tensor(codes, [how.m, how.k]), TensorDescriptor.from_tensor(weight.codes, [how.n, how.k]),
         scale, weight.scale, scale if bias is None else bias, y, tokens, outputs, inputs,
@@ -80,11 +81,6 @@ def product(
         SUMS=tl.int32 if codes.dtype == torch.int8 else tl.float32, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
     return y
-
-
-def _processors(codes: Tensor) -> int:
-    """How many programs of large tiles run at once; two in the interpreter."""
-    return torch.cuda.get_device_properties(codes.device).multi_processor_count if codes.is_cuda else 2
 
 
 def plan(tokens: int) -> Tiles:

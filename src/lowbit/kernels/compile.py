@@ -100,3 +100,9 @@ def available(device: int) -> bool:
     capable = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
     able = hasattr(torch.cuda, "_compile_kernel") and hasattr(torch.cuda._utils, "_get_gpu_runtime_library")
     return capable and able
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many processors a GPU has; two where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

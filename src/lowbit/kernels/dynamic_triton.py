@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..numerics.grid import amax_levels
 from ..numerics.spec import Int, Number
-from .compile import available
+from .compile import available, processors
 from .dynamic import Encoder, padded
 
 _ROUND = tl.constexpr(12582912.0)
@@ -232,9 +232,8 @@ def encode_mapped(x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor
     codes, scale = _outputs(x, how.number, packed)
     b1, b2 = (padded(size) for size in factors.sizes)
     programs, warps, registers = _SMALL if b1 * b2 <= 4096 else _LARGE
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     left, right = (scale if side is None else side for side in (factors.left, factors.right))
-    _mapped[(min(len(x), programs * processors),)](
+    _mapped[(min(len(x), programs * processors(x.device)),)](
         x, left, right, scale if how.clip is None else how.clip.float(), codes, scale, len(x), factors.gain,
         N1=factors.sizes[0], N2=factors.sizes[1], B1=b1, B2=b2, LEFT=factors.left is not None,
         RIGHT=factors.right is not None, PRECISE=x.dtype == torch.float16, BFLOAT=x.dtype == torch.bfloat16,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..numerics.grid import to_values
-from .compile import Constants, available, compiled
+from .compile import Constants, available, compiled, processors
 from .layout import COLUMNS, Prepared, restore
 
 FEW = 128
@@ -110,13 +110,13 @@ def plan(tokens: int, weight: Prepared) -> Plan:
     """How to share out a product of a number of tokens on the weight's device."""
     (tiles, units), device = weight.low.shape[:2], weight.low.device
     if tokens > _TOKENS * (SCALED - 1) and _folds(weight):
-        return _plan_of_many(-(-tokens // _TOKENS), tiles, units, _processors(device))
+        return _plan_of_many(-(-tokens // _TOKENS), tiles, units, processors(device))
     return plan_for(tokens, tiles, units, device, thick=weight.factor is not None)
 
 
 def plan_for(tokens: int, tiles: int, units: int, device: torch.device, *, thick: bool) -> Plan:
     """The same for a weight of so many tiles of rows and units of columns, whose codes take more registers or not."""
-    return _plan(-(-tokens // _TOKENS), tiles, units, _processors(device), thick)
+    return _plan(-(-tokens // _TOKENS), tiles, units, processors(device), thick)
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
@@ -138,10 +138,6 @@ def scaled(how: Plan, weight: Prepared) -> bool:
 def _folds(weight: Prepared) -> bool:
     """Whether scales can be in the values that are multiplied, so that no group needs a sum of its own."""
     return weight.factor is not None or weight.scale.dtype == torch.float16
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def aligned(x: Tensor) -> Tensor:
