@@ -19,7 +19,7 @@ Constants = tuple[tuple[str, int], ...]
 
 _WEIGHTS = ("ptx.cuh", "codes.cuh", "bytes.cuh")
 _CACHES = ("ptx.cuh", "cache_attention_codes.cuh", "cache_attention_sums.cuh")
-PRELUDE = {"product": _WEIGHTS, "dequantize": _WEIGHTS, "cache_attention": _CACHES}
+PRELUDE = {"product": _WEIGHTS, "dequantize": _WEIGHTS, "cache_attention": _CACHES, "transform": ("ptx.cuh",)}
 """What stands before each kernel."""
 _UNASKED = 48 * 1024
 """Bytes of shared memory from which on a block has to ask for it."""
@@ -100,3 +100,9 @@ def available(device: int) -> bool:
     capable = torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
     able = hasattr(torch.cuda, "_compile_kernel") and hasattr(torch.cuda._utils, "_get_gpu_runtime_library")
     return capable and able
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many processors a device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
