@@ -112,6 +112,25 @@ inline u32 packed_bfloat(float low, float high) {
     };
     return rounded(low) | rounded(high) << 16;
 }
+template <class Choose>
+inline u32 chosen_bfloat(u32 a, u32 b, const Choose& choose) {
+    const auto one = [&](u32 mask, int shift) {
+        return choose(__uint_as_float((a & mask) << shift), __uint_as_float((b & mask) << shift));
+    };
+    return packed_bfloat(one(0xffff, 16), one(0xffff0000, 0));
+}
+inline u32 larger_bfloat(u32 a, u32 b) { return chosen_bfloat(a, b, [](float p, float q) { return std::fmax(p, q); }); }
+inline u32 smaller_bfloat(u32 a, u32 b) { return chosen_bfloat(a, b, [](float p, float q) { return std::fmin(p, q); }); }
+inline u32 packed_e4m3(float low, float high) {
+    const auto one = [](float value) -> u32 {
+        const u32 sign = __float_as_uint(value) >> 24 & 128;
+        if (std::isnan(value)) return 127;
+        const float size = std::min(std::fabs(value), 448.0f);
+        const int exponent = std::max(size > 0 ? std::ilogb(size) : -6, -6);
+        return sign | (u32)((exponent + 6) * 8 + std::nearbyint(std::ldexp(size, 3 - exponent)));
+    };
+    return one(low) | one(high) << 8;
+}
 inline u32 fuse(u32 a, u32 b, u32 c) {  // the product of two fp16 is exact in fp64, and so is the sum, nearly always
     const auto one = [&](int shift) {
         const double sum = (double)half_value(a >> shift) * half_value(b >> shift) + half_value(c >> shift);
@@ -172,6 +191,26 @@ inline u32 transposed(u32 pair) {
         const auto at = [&](int i) { return of(i * 4 + column / 2) >> column % 2 * 16 & 0xffff; };
         return at(row) | at(row + 1) << 16;
     });
+}
+template <class Find>
+inline void load_matrices(u32 (&d)[4], const uint4* row, const Find& find) {
+    Warp& warp = block_here().warps[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    std::memcpy(warp.a[lane], &row, sizeof row);
+    meet_at(warp.meeting, 32);
+    const auto at = [&](int matrix, int i, int j) -> u32 {
+        const u16* from;
+        std::memcpy(&from, warp.a[matrix * 8 + i], sizeof from);
+        return from[j];
+    };
+    for (int m = 0; m < 4; m++) d[m] = find(at, m, lane / 4, lane % 4 * 2);
+    meet_at(warp.meeting, 32);
+}
+inline void matrices(u32 (&d)[4], const uint4* row) {
+    load_matrices(d, row, [](const auto& at, int m, int i, int j) { return at(m, i, j) | at(m, i, j + 1) << 16; });
+}
+inline void matrices_transposed(u32 (&d)[4], const uint4* row) {
+    load_matrices(d, row, [](const auto& at, int m, int i, int j) { return at(m, j, i) | at(m, j + 1, i) << 16; });
 }
 inline u32 __byte_perm(u32 low, u32 high, u32 selected) {
     u32 found = 0;

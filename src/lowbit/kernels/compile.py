@@ -19,7 +19,7 @@ Constants = tuple[tuple[str, int], ...]
 
 _WEIGHTS = ("ptx.cuh", "codes.cuh", "bytes.cuh")
 _CACHES = ("ptx.cuh", "cache_attention_codes.cuh", "cache_attention_sums.cuh")
-PRELUDE = {"product": _WEIGHTS, "dequantize": _WEIGHTS, "cache_attention": _CACHES}
+PRELUDE = {"product": _WEIGHTS, "dequantize": _WEIGHTS, "cache_attention": _CACHES, "transform": ("ptx.cuh",)}
 """What stands before each kernel."""
 _UNASKED = 48 * 1024
 """Bytes of shared memory from which on a block has to ask for it."""

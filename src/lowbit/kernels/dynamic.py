@@ -1,12 +1,13 @@
 """Inputs to codes in one pass over memory: an online map, the range of every token, and rounding.
 
 In front of a quantized product stand a Hadamard or Kronecker transform, a clipped range and a division: a dozen
-operations in torch, each of which goes through memory. They are one kernel here (`dynamic_triton.py`), since a token
-fits into a processor's registers. Both transforms are one computation, X -> leftᵀ X right of a token's features as a
-matrix: H_4096 is H_64 ⊗ H_64, so a fast Hadamard transform is two products of 64 x 64 on tensor cores.
+operations in torch, each of which goes through memory. They are one kernel here, since a token fits into a processor's
+registers: `transform.cu` on Hopper behind the maps that it takes, else `dynamic_triton.py`. Both transforms are one
+computation, X -> leftᵀ X right of a token's features as a matrix: H_4096 is H_64 ⊗ H_64, so a fast Hadamard transform
+is two products of 64 x 64 on tensor cores.
 
 `reference` is the definition: the map in fp32, rounded to the inputs' dtype, then the grid of `numerics.grid`. The
-kernel multiplies in fp16 with fp32 sums. Inputs are moved into fp16's range by a power of two, which is exact, and the
+kernels multiply in fp16 with fp32 sums. Inputs are moved into fp16's range by a power of two, which is exact, and the
 signs of a Hadamard matrix are exact too; learned factors, and what lies between both products, are rounded to eleven
 bits. Behind inputs in bf16 that moves a result by up to 2.5 · 2^-12 of its token's largest value, a third of what
 rounding that value to bf16 may; for fp16 inputs both are split into two fp16 numbers instead.
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.bits import pack
-from ..numerics.grid import grid_from_range, unit_range
+from ..numerics.grid import amax_levels, grid_from_range, unit_range
 from ..numerics.hadamard import hadamard_factor, hadamard_factors
 from ..numerics.maps import Hadamard, Kronecker, Map
 from ..numerics.spec import E4M3, Int, Number, per_token
@@ -90,6 +91,11 @@ def encode(x: Tensor, how: Encoder, *, packed: bool = False) -> tuple[Tensor, Te
     one in the lower half.
     """
     fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.numel()
+    if fits and how.factors is not None:
+        from . import transform_cuda
+
+        if transform_cuda.refusal(x, how, packed) is None:
+            return transform_cuda.encode(x, how, packed)
     odd = x.shape[1] if how.factors is None else how.factors.sizes[1]
     if not fits or not _has_triton() or (packed and odd % 2):
         return reference(x, how, packed=packed)
@@ -112,6 +118,20 @@ def reference(x: Tensor, how: Encoder, *, packed: bool = False) -> tuple[Tensor,
     if how.number == E4M3:
         codes = codes.view(torch.float8_e4m3fn)
     return pack(codes, 4) if packed else codes, grid.scale[:, 0]
+
+
+def outputs(x: Tensor, number: Number, packed: bool) -> tuple[Tensor, Tensor]:
+    """Room for codes and scales."""
+    kind = torch.uint8 if packed else torch.int8 if isinstance(number, Int) else torch.float8_e4m3fn
+    width = x.shape[1] // 2 if packed else x.shape[1]
+    return torch.empty(len(x), width, device=x.device, dtype=kind), torch.empty(len(x), device=x.device)
+
+
+def reach(number: Number) -> tuple[float, float, float]:
+    """How many scales make up the largest value, the lowest level and the highest one."""
+    levels = amax_levels(number)
+    low, high = (number.low, number.high) if isinstance(number, Int) else (-levels, levels)
+    return levels, float(low), float(high)
 
 
 def _factors(map: Map | None, device: torch.device | str) -> Factors | None:

@@ -20,10 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from ..numerics.grid import amax_levels
-from ..numerics.spec import Int, Number
+from ..numerics.spec import Int
 from .compile import available, processors
-from .dynamic import Encoder, padded
+from .dynamic import Encoder, outputs, padded, reach
 
 _ROUND = tl.constexpr(12582912.0)
 """1.5 · 2^23: the lowest bits of its sum with y are y's nearest integer, ties to even, in two's complement."""
@@ -212,7 +211,7 @@ def _mapped(
 def encode_rows(x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor]:
     """See `dynamic.encode`; x [M, K] is mapped already."""
     x = x.contiguous()
-    codes, scale = _outputs(x, how.number, packed)
+    codes, scale = outputs(x, how.number, packed)
     width = x.shape[1]
     columns = min(_WHOLE if len(x) <= _FEW else _AT_ONCE, triton.next_power_of_2(max(2, width)))
     warps = 8 if width > 8192 else 4
@@ -229,7 +228,7 @@ def encode_mapped(x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor
     factors = how.factors
     assert factors is not None
     x = x.contiguous()
-    codes, scale = _outputs(x, how.number, packed)
+    codes, scale = outputs(x, how.number, packed)
     b1, b2 = (padded(size) for size in factors.sizes)
     programs, warps, registers = _SMALL if b1 * b2 <= 4096 else _LARGE
     left, right = (scale if side is None else side for side in (factors.left, factors.right))
@@ -242,23 +241,15 @@ def encode_mapped(x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor
     return codes, scale
 
 
-def _outputs(x: Tensor, number: Number, packed: bool) -> tuple[Tensor, Tensor]:
-    """Room for codes and scales."""
-    kind = torch.uint8 if packed else torch.int8 if isinstance(number, Int) else torch.float8_e4m3fn
-    width = x.shape[1] // 2 if packed else x.shape[1]
-    return torch.empty(len(x), width, device=x.device, dtype=kind), torch.empty(len(x), device=x.device)
-
-
 def _format(how: Encoder, packed: bool, device: torch.device) -> dict[str, Any]:
     """A format as a kernel's constants."""
-    number, largest = how.number, amax_levels(how.number)
-    low, high = (number.low, number.high) if isinstance(number, Int) else (-largest, largest)
+    levels, low, high = reach(how.number)
     return {
-        "LEVELS": largest,
-        "LOWEST": float(low),
-        "HIGHEST": float(high),
+        "LEVELS": levels,
+        "LOWEST": low,
+        "HIGHEST": high,
         "CLIP": how.clip is not None,
-        "FORM": (_NIBBLES if packed else _BYTES if isinstance(number, Int) else _E4M3).value,
+        "FORM": (_NIBBLES if packed else _BYTES if isinstance(how.number, Int) else _E4M3).value,
         "FUSED": device.type == "cuda",
         "NEXT": device.type == "cuda" and available(device.index),
     }

@@ -70,11 +70,43 @@ __device__ __forceinline__ float two_to(float x) {
     return y;
 }
 
+// Two bf16 at once.
+__device__ __forceinline__ u32 larger_bfloat(u32 a, u32 b) {
+    u32 d;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 smaller_bfloat(u32 a, u32 b) {
+    u32 d;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 packed_e4m3(float low, float high) {  // rounded to 8 bits each, saturating: 16 bits
+    u16 d;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+
 // A matrix of 8 x 8 numbers of 16 bits, two neighbours of row lane / 4 in every lane, transposed.
 __device__ __forceinline__ u32 transposed(u32 pair) {
     u32 d;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(pair));
     return d;
+}
+
+// Four such matrices from shared memory: lane l brings the address of row l % 8 of matrix l / 8, 16 bytes of it.
+__device__ __forceinline__ void matrices(u32 (&d)[4], const uint4* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
+}
+
+__device__ __forceinline__ void matrices_transposed(u32 (&d)[4], const uint4* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"((u32)__cvta_generic_to_shared(row)) : "memory");
 }
 
 // sum += A B of mma.m16n8k16: rows of A and columns of B are lane / 4 (and 8 more), four registers and two.
