@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels import codes_product, codes_product_triton, dynamic, weight_only
+from lowbit.kernels import codes_product, codes_product_triton, dynamic, weight_only, wide_product
 from lowbit.kernels.codes_product import Operand
 from lowbit.kernels.layout import COLUMNS, ROWS, prepare
 from lowbit.kernels.speed import FLOATS, LLAMA_8B, copies, dense, quantized, weight_only_row
@@ -30,6 +31,8 @@ from lowbit.kernels.timing import Call, limits, microseconds, turns
 from lowbit.kernels.weight_only import Plan
 from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.spec import E4M3, Int, Number, per_channel, per_group
+
+AnyPlan = TypeVar("AnyPlan", Plan, wide_product.Plan)
 
 
 def other_plans(tokens: int, tiles: int, units: int) -> Iterator[Plan]:
@@ -47,7 +50,13 @@ def other_plans(tokens: int, tiles: int, units: int) -> Iterator[Plan]:
                 yield plan
 
 
-def search(plans: Iterable[Plan], calls: Callable[[Plan], Sequence[Call]], taken: float) -> None:
+def other_wide_plans(tokens: int, units: int) -> Iterator[wide_product.Plan]:
+    """The same for many tokens."""
+    sizes = [size for size in (64, 128, 192, 256) if size < tokens + 64]
+    return (wide_product.Plan(size, splits) for size in sizes for splits in range(1, min(8, units // 4) + 1))
+
+
+def search(plans: Iterable[AnyPlan], calls: Callable[[AnyPlan], Sequence[Call]], taken: float) -> None:
     """Print the three best plans that beat the rule's by more than noise."""
     plans = list(plans)
     # compiling takes most of the time, and a thread has no context before it has asked torch for something
@@ -70,14 +79,20 @@ def row(x: Tensor, weight: QTensor, rates: tuple[float, float], searching: bool)
         f"| {found.times:.2f} | {error:.1e} |",
         flush=True,
     )
-    if searching and found.tokens <= weight_only.FEW:
-        assert found.lowbit is not None
-        weights = copies(prepare(weight))
+    if not searching or found.tokens > wide_product.MOST:
+        return
+    assert found.lowbit is not None
+    weights, few = copies(prepare(weight)), found.tokens <= weight_only.FEW
 
-        def calls(plan: Plan) -> list[Call]:
-            return [partial(weight_only.product, x, each, None, plan) for each in weights]
+    def calls(plan: Plan | wide_product.Plan) -> list[Call]:
+        product: Callable[..., Tensor] = weight_only.product if few else wide_product.product
+        return [partial(product, x, each, None, plan) for each in weights]
 
-        search(other_plans(len(x), *weights[0].low.shape[:2]), calls, found.lowbit)
+    tiles, units = weights[0].low.shape[:2]
+    if few:
+        search(other_plans(len(x), tiles, units), calls, found.lowbit)
+    else:
+        search(other_wide_plans(len(x), units), calls, found.lowbit)
 
 
 def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> None:

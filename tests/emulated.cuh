@@ -13,6 +13,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -22,9 +24,12 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __cluster_dims__(x, y, z)
+#define __grid_constant__
+#define __align__(bytes)
 
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 struct uint2 { u32 x, y; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
@@ -59,7 +64,17 @@ struct Place { u32 x, y; };
 struct Meeting { int here = 0, generation = 0; };
 struct Copy { uint4* to; uint4 what; };
 struct Warp { Meeting meeting; u32 a[32][4], b[32][2]; };
-struct Block { std::vector<float4> memory; Meeting meetings[16]; std::deque<Warp> warps; };
+struct alignas(1024) Line { float4 vectors[64]; };
+struct Barrier {
+    int arrivals, missing, announced = 0, asked = 0, phase = 0;
+    std::vector<std::function<void()>> copies;
+};
+struct Block {
+    std::vector<Line> memory;
+    Meeting meetings[16];
+    std::deque<Warp> warps;
+    std::map<const void*, Barrier> barriers;
+};
 struct Fibre {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -68,6 +83,8 @@ struct Fibre {
     bool done = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> ended;
+    std::vector<std::function<void()>> products;
+    std::deque<std::vector<std::function<void()>>> sets;
 };
 
 static std::vector<std::unique_ptr<Fibre>> fibres;
@@ -91,7 +108,8 @@ inline void meet_at(Meeting& meeting, int threads) {
     }
 }
 inline Block& block_here() { return blocks[current->rank]; }
-inline float4* block_memory() { return block_here().memory.data(); }
+inline float4* memory_of(Block& block) { return block.memory.data()->vectors; }
+inline float4* block_memory() { return memory_of(block_here()); }
 inline int block_threads() { return fibres.size() / blocks.size(); }
 
 // --- the functions of ptx.cuh ---------------------------------------------------------------------------------------
@@ -160,7 +178,7 @@ inline void meet(int barrier) { meet_at(block_here().meetings[barrier], THREADS)
 inline void __syncthreads() { meet_at(block_here().meetings[0], block_threads()); }
 inline void meet_cluster() { meet_at(of_cluster, fibres.size()); }
 inline void meet_neighbours() {}
-inline float4 peek(const float4* at, int rank) { return blocks[rank].memory[at - block_memory()]; }
+inline float4 peek(const float4* at, int rank) { return memory_of(blocks[rank])[at - block_memory()]; }
 
 // What each lane hands in, seen by all of its warp.
 template <class Look>
@@ -178,6 +196,12 @@ inline float __shfl_sync(u32, float mine, int from) {
 inline float __shfl_xor_sync(u32, float mine, int step) {
     return together(__float_as_uint(mine), [&](const auto& of, int lane) { return __uint_as_float(of(lane ^ step)); });
 }
+inline u32 __shfl_xor_sync(u32, u32 mine, int step) {
+    return together(mine, [&](const auto& of, int lane) { return of(lane ^ step); });
+}
+inline int uniform(int x) { return x; }
+inline void __syncwarp() { meet_at(block_here().warps[threadIdx.x / 32].meeting, 32); }
+inline u32 __funnelshift_l(u32 low, u32 high, u32 by) { return by % 32 ? high << by % 32 | low >> (32 - by % 32) : high; }
 inline bool __any_sync(u32, bool mine) {
     return together(mine, [](const auto& of, int) {
         bool any = false;
@@ -260,6 +284,76 @@ inline void multiply_bytes(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
     });
 }
 
+// The copy engine brings nothing before all bytes of a phase are announced and asked for and somebody waits for them.
+struct alignas(64) TensorMap { const u16* numbers; long long columns, rows, box; char rest[96]; };
+inline void begin_barrier(u64* barrier, int arrivals) { block_here().barriers[barrier] = {arrivals, arrivals}; }
+inline void show_barriers() {}
+inline void end_phase(Barrier& barrier) {
+    if (barrier.missing || barrier.asked != barrier.announced) return;
+    for (const auto& one : barrier.copies) one();
+    barrier = {barrier.arrivals, barrier.arrivals, 0, 0, barrier.phase + 1}, progress++;
+}
+inline void arrive_at(u64* at) { block_here().barriers.at(at).missing--, progress++; }
+inline void announce(u64* at, int bytes) { block_here().barriers.at(at).announced += bytes, arrive_at(at); }
+inline void await_phase(u64* at, int parity) {
+    Barrier& barrier = block_here().barriers.at(at);
+    for (; barrier.phase % 2 == parity; end_phase(barrier)) yield();
+}
+inline void ask(u64* at, int bytes, std::function<void()> copy) {
+    Barrier& barrier = block_here().barriers.at(at);
+    barrier.asked += bytes, barrier.copies.push_back(std::move(copy)), progress++;
+}
+inline void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at) {
+    const TensorMap map = from;
+    ask(at, map.box * 128, [=] {
+        u16* numbers = reinterpret_cast<u16*>(to);
+        for (int i = 0; i < map.box; i++)
+            for (int j = 0; j < 64; j++) {
+                const bool there = row + i < map.rows && column + j < map.columns;
+                const long long place = (row + i) * map.columns + column + j;
+                numbers[i * 64 + (j / 8 ^ i % 8) * 8 + j % 8] = there ? map.numbers[place] : 0;
+            }
+    });
+}
+
+// A product happens when it is waited for, with what shared memory holds then.
+inline void begin_products() {}
+inline void end_products() { current->sets.push_back(std::move(current->products)), current->products.clear(); }
+template <int YOUNGER>
+inline void await_products() {
+    for (; (int)current->sets.size() > YOUNGER; current->sets.pop_front())
+        for (const auto& one : current->sets.front()) one();
+}
+inline void pin(uint4&) {}
+template <int>
+inline void keep_registers() {}
+template <int>
+inline void take_registers() {}
+inline u64 operand(const uint4* tile) { return reinterpret_cast<u64>(tile) / 16; }
+inline void multiply_tile(float (&sums)[32], const u32 (&a)[4], u64 tile) {
+    Warp& warp = block_here().warps[threadIdx.x / 32];
+    const int lane = threadIdx.x % 32;
+    std::copy(a, a + 4, warp.a[lane]);
+    meet_at(warp.meeting, 32);
+    std::vector<float> rows;  // two of A: lane / 4 and eight more
+    for (int half = 0; half < 2; half++)
+        for (int k = 0; k < 16; k++) {
+            const u32 pair = warp.a[lane / 4 * 4 + k % 8 / 2][k / 8 * 2 + half];
+            rows.push_back(value_of(pair >> k % 2 * 16 & 0xffff));
+        }
+    meet_at(warp.meeting, 32);
+    current->products.push_back([&sums, rows, tile, lane] {
+        const u16* numbers = reinterpret_cast<const u16*>(tile / 64 * 1024);
+        for (int i = 0; i < 32; i++) {
+            const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, half = i / 2 % 2;
+            for (int k = 0; k < 16; k++) {
+                const int vector = (tile % 8 + k / 8) ^ token % 8;
+                sums[i] += rows[half * 16 + k] * value_of(numbers[token * 64 + vector * 8 + k % 8]);
+            }
+        }
+    });
+}
+
 // --- starting a kernel ----------------------------------------------------------------------------------------------
 
 template <class... P, size_t... I>
@@ -283,7 +377,8 @@ static void run_cluster(Place first, int cluster, int threads, size_t bytes) {
     fibres.clear(), blocks.clear();
     for (int rank = 0; rank < cluster; rank++) {
         Block& block = blocks.emplace_back();
-        block.memory.assign(bytes / sizeof(float4), {NAN, NAN, NAN, NAN});
+        block.memory.resize((bytes + sizeof(Line) - 1) / sizeof(Line));
+        std::fill_n(memory_of(block), bytes / sizeof(float4), float4{NAN, NAN, NAN, NAN});
         block.warps.resize(threads / 32);
         for (u32 thread = 0; thread < (u32)threads; thread++) {
             Fibre& fibre = *fibres.emplace_back(std::make_unique<Fibre>());

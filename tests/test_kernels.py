@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -79,10 +80,8 @@ def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-def multiplied(weight: QTensor, dtype: torch.dtype, plan: Plan) -> Tensor:
-    """The values that a plan multiplies: exact, or an integer times its scale, both in the inputs' format, rounded."""
-    if not weight_only.scaled(plan, prepare(weight)):
-        return weight.dequantize()
+def times_scales(weight: QTensor, dtype: torch.dtype) -> Tensor:
+    """Integers times their scales, rounded to a format that holds the integers."""
     levels = QTensor(weight.codes, replace(weight.grid, scale=torch.ones_like(weight.grid.scale))).dequantize(dtype)
     groups = levels.unflatten(1, (weight.grid.scale.shape[1], -1))
     return (groups * weight.grid.scale.to(dtype)[..., None]).flatten(1)
@@ -250,9 +249,8 @@ def test_plans_fit_the_device(processors: int) -> None:
             for units in (1, 2, 3, 6, 32, 112, 224):
                 place = (tokens, tiles, units, processors)
                 plans = [weight_only._plan(*place, thick) for thick in (False, True)]
-                plans += [weight_only._plan_of_many(*place)] if tokens >= weight_only.SCALED else []
                 for plan in plans:
-                    assert 32 * plan.row_warps * plan.k_warps <= (1024 if plan.rows == 1 else 512)
+                    assert 32 * plan.row_warps * plan.k_warps <= 1024
                     assert plan.shared <= 200 * 1024
                     assert plan.k_warps * plan.cluster <= units and plan.cluster in (1, 2)
                     assert plan.stages != 1 and plan.depth >= 1 and 1 <= plan.tokens <= weight_only.MOST
@@ -283,10 +281,9 @@ class Emulated:
     def __init__(self, folder: Path, name: str, constants: compiling.Constants, shared: int) -> None:
         text = compiling.source(name, constants)
         prelude = (Path(compiling.__file__).parent / "ptx.cuh").read_text("utf8")
-        declared = "extern __shared__ float4 shared[];"
         assert prelude in text
         text = text.replace(prelude, f'#include "{HERE / "emulated.cuh"}"\n')
-        text = text.replace(declared, "float4* shared = block_memory();")
+        text = re.sub(r"extern __shared__ .*float4 shared\[\];", "float4* shared = block_memory();", text)
         text += f"""
             extern "C" void launch(void** arguments, const u32* grid, int threads, int cluster, size_t bytes) {{
                 run([](void** given) {{ call({name}, given); }}, arguments, grid, threads, cluster, bytes);
@@ -299,11 +296,8 @@ class Emulated:
         self._cluster, self._shared = dict(constants).get("CLUSTER", 1), shared
 
     def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
-        values = [
-            ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
-            for value in arguments
-        ]
-        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        values = [compiling.plain(value) for value in arguments]
+        places = (ctypes.c_void_p * len(values))(*map(compiling.place, values))
         size = ctypes.c_size_t(self._shared)
         self._launch(places, (ctypes.c_uint * 2)(*grid), threads, self._cluster, size)
 
@@ -333,7 +327,7 @@ PLANS = [
     Plan(1, 2, 3, 2, 2, 1, 3),
     Plan(1, 3, 2, 1, 2, 2, 2),
     Plan(1, 1, 1, 2, 4, 1, 2),
-    Plan(1, 8, 4, 1, 1, 2, 3, late=True),
+    Plan(1, 4, 4, 1, 1, 2, 3, late=True),
 ]
 
 
@@ -359,19 +353,7 @@ def test_the_source_shares_out_the_work_in_every_way(plan: Plan) -> None:
         prepared = prepare(weight)
         for tokens in counts:
             x, bias = torch.randn(tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
-            close(weight_only.product(x, prepared, bias, plan), x, multiplied(weight, x.dtype, plan), bias)
-
-
-@needs_gcc
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", FORMATS[1:10:4], ids=str)
-def test_the_source_multiplies_integers_by_their_scales(spec: Spec, dtype: torch.dtype) -> None:
-    """For many tokens, and only if scales are stored in fp16."""
-    plan, weight, x = Plan(2, 5, 2, 1, 1, 1, 2, late=True), quantized(67, 384, spec), torch.randn(37, 384).to(dtype)
-    prepared = prepare(weight)
-    assert weight_only.scaled(plan, prepared) == (prepared.scale.dtype == torch.float16)
-    close(weight_only.product(x, prepared, None, plan), x, multiplied(weight, dtype, plan))
+            close(weight_only.product(x, prepared, bias, plan), x, weight, bias)
 
 
 @needs_gcc
@@ -462,17 +444,16 @@ def test_the_gpu_agrees_with_fp64(spec: Spec, dtype: torch.dtype) -> None:
     cases = {
         (35, 640): (*range(1, 18), 0),
         (1, 128): (1, 7),
-        (2051, wide): (2, 16, 24, 33, 48, 64, 65, 128),
-        (6144, 4096): (1, 16, 64),
+        (2051, wide): (2, 16, 24, 31, 32),
+        (6144, 4096): (1, 16, 32),
     }
     for (rows, columns), counts in cases.items():
         weight = quantized(rows, columns, spec, DEVICE)
         for tokens in counts:
             x, prepared, bias = on_device(weight, dtype, tokens)
-            dense = multiplied(weight, dtype, weight_only.plan(max(1, tokens), prepared))
-            close(weight_only.linear(x, prepared, bias), x, dense, bias)
+            close(weight_only.linear(x, prepared, bias), x, weight, bias)
         assert torch.equal(weight_only.dequantized(prepared, dtype), weight.dequantize(dtype))
-    close(weight_only.linear(x, prepared), x, dense)
+    close(weight_only.linear(x, prepared), x, weight)
 
 
 @pytest.mark.gpu
@@ -524,13 +505,13 @@ def test_many_tokens_take_the_library_and_odd_columns_are_padded() -> None:
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("encoded", [False, True])
-def test_kernels_in_a_row_see_each_others_results(encoded: bool) -> None:
+@pytest.mark.parametrize(("encoded", "tokens"), [(False, 4), (False, 64), (False, 300), (True, 4)])
+def test_kernels_in_a_row_see_each_others_results(encoded: bool, tokens: int) -> None:
     """A kernel may begin before the one ahead of it ends: its inputs must be there all the same, a hundred times."""
     spec = per_channel(Int(8), scale="float32") if encoded else per_group(Int(4), 128)
     weight = quantized(4096, 4096, spec, DEVICE)
     weight.grid.scale.mul_(2.0**-3)
-    x = torch.randn(4, 4096, device=DEVICE).bfloat16()
+    x = torch.randn(tokens, 4096, device=DEVICE).bfloat16()
     if encoded:
         how = dynamic.encoder(Int(8), None, None, DEVICE)
         linear = partial(codes_product.linear, how=how, weight=codes_product.operand(weight, Int(8)))

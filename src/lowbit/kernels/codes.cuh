@@ -2,7 +2,7 @@
 //
 // The host writes these constants in front: BITS (2, 3, 4, 8), E2M1 (codes are floats of 4 bits, else integers), BFLOAT
 // (bf16, else fp16), ZERO (zero-points are stored), WIDE (scales are fp32, else fp16), GROUPS (scales of a row in a
-// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1), SCALED (integers are multiplied by their scale, which is fp16).
+// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1).
 //
 // An integer q becomes a float without a conversion: put into the low mantissa bits of a power of two whose last place
 // counts ones, it is that power plus q. Taking the power and the zero-point away at once leaves q - z, which both
@@ -18,7 +18,7 @@
 constexpr int BLOCKS = 4;                  // of 32 columns in a unit: what 16 bytes of inputs to a lane are
 constexpr int LOW = BITS == 3 ? 2 : BITS;  // 3 bits are two planes, of two bits and of one
 constexpr int VECTORS = LOW / 2;           // 16-byte vectors of a lane in a unit
-constexpr int PAIRS = 16 / LOW;            // pairs of codes in a word: even columns below, odd columns above
+constexpr int FIELDS = 16 / LOW;           // of a word: a pair each, even columns below, odd columns above
 constexpr int SPAN = GROUPS < BLOCKS ? BLOCKS / GROUPS : 1;  // blocks under one scale of a lane
 constexpr u32 BOTH = 0x00010001;
 constexpr u32 POWER = (BFLOAT ? 0x4300 : 0x6400) * BOTH;  // 128 and 1024
@@ -42,7 +42,7 @@ struct Codes {
 #if BITS == 3
     uint2 high;
 #endif
-    Scales scale[E2M1 ? 1 : GROUPS];
+    Scales scale[E2M1 ? 2 : GROUPS];  // of E2M1, the second one where a lane's columns are of both groups of a block
 #if ZERO
     u16 zero[GROUPS];
 #endif
@@ -77,9 +77,16 @@ struct Weight {
     }
 };
 
+// Where a pair is: block, pair and half are constants once loops are unrolled.
+__device__ __forceinline__ int field(int block, int half) { return (block * 2 + half) % FIELDS; }
+__device__ __forceinline__ u32 word_of(const Codes& codes, int block, int pair, int half) {
+    const uint4 v = codes.low[(block * 2 + half) / FIELDS];
+    return pair == 0 ? v.x : pair == 1 ? v.y : pair == 2 ? v.z : v.w;
+}
+
 #if E2M1
-__device__ __forceinline__ u32 scale_byte(const Codes& codes, int block, int half) {
-    return (block < 2 ? codes.scale[0].x : codes.scale[0].y) >> (block % 2 * 16 + half * 8) & 255;
+__device__ __forceinline__ u32 scale_byte(const Codes& codes, int block, int half, int part = 0) {
+    return (block < 2 ? codes.scale[part].x : codes.scale[part].y) >> (block % 2 * 16 + half * 8) & 255;
 }
 
 // Scales of a block for rows g and g + 8. A byte is 2^7 times the scale as fp16, without its sign and last seven bits.
@@ -89,18 +96,16 @@ __device__ __forceinline__ float2 scales(const Codes& codes, int block) {
 }
 
 // What a code of rows g (half 0) and g + 8 (half 1) is multiplied by, twice in a word: ONE times the scale, over 2^7.
-__device__ __forceinline__ u32 constant(const Codes& codes, int block, int half) {
-    const u32 byte = scale_byte(codes, block, half);
+__device__ __forceinline__ u32 constant(const Codes& codes, int block, int half, int part = 0) {
+    const u32 byte = scale_byte(codes, block, half, part);
     return BFLOAT ? byte * (BOTH << 4) + 0x7000 * BOTH : byte * (BOTH << 7);
 }
 
-// One pair (0 to 15) of a row's columns in the unit. A word's first three pairs need one shift each to have sign,
-// exponent and mantissa where bf16 has them; the fourth is in what they leave of the 16 bits.
-__device__ __forceinline__ u32 levels(const Codes& codes, int pair, int half, u32 constant) {
+// One pair of a block. A word's first three fields need one shift each to have sign, exponent and mantissa where bf16
+// has them; the fourth is in what they leave of the 16 bits.
+__device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half, u32 constant) {
     constexpr int UP = BFLOAT ? 0 : 3;
-    const int index = pair / PAIRS * 2 + half, step = pair % PAIRS;
-    const uint4 v = codes.low[index / 4];
-    const u32 word = index % 4 == 0 ? v.x : index % 4 == 1 ? v.y : index % 4 == 2 ? v.z : v.w;
+    const u32 word = word_of(codes, block, pair, half), step = field(block, half);
     if (step == 3) {
         const u32 mantissa = word >> (7 - UP) & (0x0040 << UP) * BOTH;
         const u32 size = with_power(word >> (3 - UP), (0x0180 << UP) * BOTH, mantissa);
@@ -132,12 +137,9 @@ __device__ __forceinline__ u32 constant(const Codes& codes, int group, int half)
 #endif
 }
 
-// q - z of one pair (0 to 15) of a row's columns in the unit; pair and half are constants once loops are unrolled.
-__device__ __forceinline__ u32 levels(const Codes& codes, int pair, int half, u32 constant) {
-    const int index = pair / PAIRS * 2 + half;
-    const uint4 v = codes.low[index / 4];
-    const u32 word = index % 4 == 0 ? v.x : index % 4 == 1 ? v.y : index % 4 == 2 ? v.z : v.w;
-    const u32 bits = word >> (pair % PAIRS * LOW);
+// q - z of one pair of a block.
+__device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half, u32 constant) {
+    const u32 bits = word_of(codes, block, pair, half) >> (field(block, half) * LOW);
 #if BFLOAT && BITS == 8
     // bf16 has room for seven bits behind 128. Codes from 128 on are then 128 too small, which centres them; what is
     // taken from the others is 256 instead
@@ -147,7 +149,8 @@ __device__ __forceinline__ u32 levels(const Codes& codes, int pair, int half, u3
     u32 number = with_power(bits, ((1u << LOW) - 1) * BOTH, POWER);
 #if BITS == 3
     const u32 plane = half ? codes.high.y : codes.high.x;
-    number |= (pair < 2 ? plane << (2 - pair) : plane >> (pair - 2)) & (4 * BOTH);
+    const int place = block * 4 + pair;
+    number |= (place < 2 ? plane << (2 - place) : plane >> (place - 2)) & (4 * BOTH);
 #endif
     return minus(number, constant);
 #endif

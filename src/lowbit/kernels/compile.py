@@ -14,17 +14,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .tensor_map import TensorMap
+
 Constants = tuple[tuple[str, int], ...]
 """Names and values that the host puts in front of a source."""
 
 _WEIGHTS = ("ptx.cuh", "codes.cuh", "bytes.cuh")
 _CACHES = ("ptx.cuh", "cache_attention_codes.cuh", "cache_attention_sums.cuh")
-PRELUDE = {"product": _WEIGHTS, "dequantize": _WEIGHTS, "cache_attention": _CACHES, "transform": ("ptx.cuh",)}
+PRELUDE = {
+    "product": _WEIGHTS,
+    "wide_product": _WEIGHTS,
+    "dequantize": _WEIGHTS,
+    "cache_attention": _CACHES,
+    "transform": ("ptx.cuh",),
+}
 """What stands before each kernel."""
 _UNASKED = 48 * 1024
 """Bytes of shared memory from which on a block has to ask for it."""
+_HOPPER = "90a"
+"""The one architecture that kernels are for, with the instructions that no other has."""
 _OVERLAPS = 6
 """CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION."""
+
+
+Argument = Tensor | TensorMap | int
+"""What a kernel is given: pointers, descriptions of matrices, and numbers."""
 
 
 class _Attribute(ctypes.Structure):
@@ -46,6 +60,21 @@ class _Launch(ctypes.Structure):
     )
 
 
+Plain = ctypes.c_void_p | ctypes.c_int | TensorMap
+
+
+def plain(value: Argument) -> Plain:
+    """An argument as the driver wants it."""
+    if isinstance(value, TensorMap):
+        return value
+    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
+
+
+def place(value: Plain) -> int:
+    """Where it lies."""
+    return value.address if isinstance(value, TensorMap) else ctypes.addressof(value)
+
+
 class Kernel:
     """A compiled kernel on one device."""
 
@@ -55,18 +84,15 @@ class Kernel:
         self.device, self.shared = device, shared
         self._check, self._driver = _check_cuda, _get_gpu_runtime_library()
         with torch.cuda.device(device):
-            self._compiled = torch.cuda._compile_kernel(source(name, constants), name)
+            self._compiled = torch.cuda._compile_kernel(source(name, constants), name, compute_capability=_HOPPER)
             if shared >= _UNASKED:
                 self._compiled.set_shared_memory_config(shared)
         self._attributes = (_Attribute * 1)(_Attribute(id=_OVERLAPS, value=1))
 
-    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Tensor | int]) -> None:
+    def __call__(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
         """Start grid[0] x grid[1] blocks of `threads` on the current stream."""
-        values = [
-            ctypes.c_void_p(value.data_ptr()) if isinstance(value, Tensor) else ctypes.c_int(value)
-            for value in arguments
-        ]
-        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        values = [plain(value) for value in arguments]
+        places = (ctypes.c_void_p * len(values))(*map(place, values))
         launch = _Launch(
             (ctypes.c_uint * 3)(*grid, 1),
             (ctypes.c_uint * 3)(threads, 1, 1),

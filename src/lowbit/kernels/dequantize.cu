@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
             const float by = (half ? both.y : both.x) * (E2M1 ? by_row[row] : 1.0f);
             u32 values[4];
 #pragma unroll
-            for (int p = 0; p < 4; p++) values[p] = scaled(levels(codes, block * 4 + p, half, taken), by);
+            for (int p = 0; p < 4; p++) values[p] = scaled(levels(codes, block, p, half, taken), by);
             out[row * vectors + vector] = make_uint4(values[0], values[1], values[2], values[3]);
         }
     }

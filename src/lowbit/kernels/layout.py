@@ -5,10 +5,12 @@ order is changed once, when a model is loaded, and nothing is shuffled while tex
 stored ones: `prepare` has an inverse, and what it refuses is multiplied by torch.
 
 A *tile* is 16 rows of Ŵ, a *unit* 128 of their columns; both are padded with zero codes. Lane 4g + t of a warp holds
-rows g and g + 8 (its *halves*) and, of every *block* of 32 columns, columns 8t to 8t + 7 as four *pairs*. A word is
-pairs of one row: even columns in its lower 16 bits, odd ones in its upper, the earlier pairs at the lower bits of each;
-words of the two halves alternate. Three bits do not divide a word: they are a plane of their lower two bits and one of
-the third. E2M1 has its bits where one shift brings them to those of bf16.
+rows g and g + 8 (its *halves*) and, of every *block* of 32 columns, columns 8t to 8t + 7 as four *pairs*. The four
+words of a vector are the four pairs: each has fields for several blocks and both halves (row g first), even columns in
+its lower 16 bits and odd ones in its upper. So a product unpacks all of a block by one shift, and where columns are
+wanted in another order, lanes of a row trade whole words (`wide_product.cu`). Three bits do not divide a word: they are
+a plane of their lower two bits and one of the third, two words for the halves with the pairs of all blocks. E2M1 has
+its bits where one shift brings them to those of bf16.
 
 E2M1 with a scale for 16 or 32 columns (NVFP4, MXFP4) keeps a byte per group, and one fp32 factor per row for what is
 left of the scales: NVFP4's tensor scale, the order of magnitude of MX's powers of two.
@@ -33,7 +35,7 @@ ROWS, COLUMNS = 16, 128
 """Rows of a tile, columns of a unit."""
 WIDTHS = (2, 3, 4, 8)
 _PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14))
-"""Bits of a word's half in which E2M1's mantissa, exponent and sign lie, by pair."""
+"""Bits of a word's half in which E2M1's mantissa, exponent and sign lie, by field."""
 _TOP = 8
 """Exponent of a row's largest scale over its factor: E4M3's largest."""
 _SPREAD = 24
@@ -69,6 +71,33 @@ class Prepared:
     def number(self) -> Number:
         """What a code is."""
         return Int(self.bits, "asymmetric") if self.factor is None else E2M1
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row in a unit of columns, one where a scale is for more."""
+        return 1 if self.group == -1 else max(1, COLUMNS // self.group)
+
+    def constants(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        """What kernels are compiled for, with inputs or outputs of a dtype."""
+        return (
+            ("BYTES", 0),
+            ("BITS", self.bits),
+            ("E2M1", int(self.factor is not None)),
+            ("BFLOAT", int(dtype == torch.bfloat16)),
+            ("ZERO", int(self.zero is not None)),
+            ("WIDE", int(self.scale.dtype == torch.float32)),
+            ("GROUPS", self.groups),
+        )
+
+    def pointers(self) -> list[Tensor]:
+        """Codes, the third bits, scales, zero-points, factors; codes stand for what is not there and not looked at."""
+        parts = (self.high, self.scale, self.zero, self.factor)
+        return [self.low, *(self.low if part is None else part for part in parts)]
+
+    def counts(self) -> list[int]:
+        """Units and scales of a tile, log2 of the units that share a scale (all of them: more than there are)."""
+        shift = 30 if self.group == -1 else max(0, (self.group // COLUMNS).bit_length() - 1)
+        return [self.low.shape[1], self.scale.shape[1], shift]
 
     def rows(self, start: int, stop: int) -> Prepared:
         """Rows [start, stop) of it, a view; both are multiples of a tile's rows, or the last."""
@@ -145,7 +174,7 @@ def prepare(weight: QTensor) -> Prepared:
         half = scale.half()
         prepared = Prepared(
             _pack(_whole_tiles(codes & 3 if bits == 3 else codes), _shifts(2 if bits == 3 else bits, codes.device)),
-            _pack(_whole_tiles(codes >> 2), _shifts(1, codes.device)).squeeze(2) if bits == 3 else None,
+            _pack_third(_whole_tiles(codes >> 2)) if bits == 3 else None,
             half if torch.equal(half.float(), scale) else scale,
             None if zero is None or _implied(weight) else zero.to(torch.uint8),
             None,
@@ -169,7 +198,7 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor]:
         return codes[:rows, :columns], scale, torch.zeros_like(scale)
     codes = _unpack(weight.low, _shifts(2 if weight.bits == 3 else weight.bits, weight.low.device))
     if weight.high is not None:
-        codes |= _unpack(weight.high.unsqueeze(2), _shifts(1, weight.low.device)) << 2
+        codes |= _unpack_third(weight.high) << 2
     zero = torch.full_like(weight.scale, 1 << (weight.bits - 1)) if weight.zero is None else weight.zero
     scale, zero = (part.float().permute(0, 3, 2, 1).flatten(0, 2)[:rows, :groups] for part in (weight.scale, zero))
     return codes[:rows, :columns], scale, zero
@@ -243,38 +272,58 @@ def _whole_tiles(codes: Tensor) -> Tensor:
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
-    """Where the codes of a word lie: int32 [pair, even or odd, 1]."""
-    pair = torch.arange(16 // bits, dtype=torch.int32, device=device) * bits
-    return (pair[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=device))[..., None]
+    """Where the codes of a word lie: int32 [field, even or odd, 1]."""
+    field = torch.arange(16 // bits, dtype=torch.int32, device=device) * bits
+    return (field[:, None] + torch.tensor([0, 16], dtype=torch.int32, device=device))[..., None]
 
 
 def _places(device: torch.device) -> Tensor:
-    """Where the bits of a word's E2M1 codes lie, the lowest first: int32 [pair, even or odd, 4]."""
+    """Where the bits of a word's E2M1 codes lie, the lowest first: int32 [field, even or odd, 4]."""
     places = torch.tensor(_PLACES, dtype=torch.int32, device=device)
     return torch.stack([places, places + 16], 1)
 
 
 def _pack(codes: Tensor, places: Tensor) -> Tensor:
-    """Codes uint8 [16 T, 128 U] as int32 [T, U, V, 32, vector]; equal parts of a code go to `places`."""
-    units, pairs, width = codes.shape[1] // COLUMNS, len(places), 16 // places[:, 0].numel()
-    bits = 16 // pairs
-    parts = codes.view(-1, 2, 8, units, 4, 4, 4, 2)  # tile, half, g, unit, block, t, pair, even or odd
-    parts = parts.permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(-1, units, 32, 2, bits, pairs, 2)
+    """Codes uint8 [16 T, 128 U] as int32 [T, U, V, 32, 4]; equal parts of a code go to `places`."""
+    fields, width = len(places), 16 // places[:, 0].numel()
+    parts = (
+        _by_lane(codes).flatten(4, 5).unflatten(4, (-1, fields))
+    )  # tile, unit, g, t, vector, field, pair, even or odd
     words = torch.zeros((), dtype=torch.int32, device=codes.device)
     for i, place in enumerate(places.unbind(-1)):
         part = (parts >> i * width & (1 << width) - 1).int()
-        words = words + (part << place).sum((-1, -2), dtype=torch.int32)  # wraps: no bit meets another
-    vector = min(4, 2 * bits)
-    words = words.transpose(-1, -2).reshape(-1, units, 32, 2 * bits // vector, vector)
-    return words.transpose(2, 3).contiguous()
+        words = words + (part << place[:, None]).sum((-3, -1), dtype=torch.int32)  # wraps: no bit meets another
+    return words.flatten(2, 3).transpose(2, 3).contiguous()
 
 
 def _unpack(words: Tensor, places: Tensor) -> Tensor:
     """The inverse of `_pack`."""
-    (tiles, units), bits, width = words.shape[:2], 16 // len(places), 16 // places[:, 0].numel()
-    words = words.transpose(2, 3).reshape(tiles, units, 32, bits, 2).transpose(-1, -2)[..., None, None]
+    width = 16 // places[:, 0].numel()
+    lanes = words.transpose(2, 3).unflatten(2, (8, 4))[:, :, :, :, :, None, :, None]
     parts = torch.zeros((), dtype=torch.uint8, device=words.device)
     for i, place in enumerate(places.unbind(-1)):
-        parts = parts | (words >> place & (1 << width) - 1).to(torch.uint8) << i * width
-    parts = parts.reshape(tiles, units, 8, 4, 2, 4, 4, 2)  # g, t, half, block, pair, even or odd
-    return parts.permute(0, 4, 2, 1, 5, 3, 6, 7).reshape(tiles * ROWS, units * COLUMNS)
+        parts = parts | (lanes >> place[:, None] & (1 << width) - 1).to(torch.uint8) << i * width
+    return _by_row(parts.flatten(4, 5).unflatten(4, (4, 2)))
+
+
+def _pack_third(bits: Tensor) -> Tensor:
+    """The third bits uint8 [16 T, 128 U] as int32 [T, U, 32, 2]."""
+    parts = _by_lane(bits).int().transpose(4, 5).flatten(5, 6)  # tile, unit, g, t, half, pair of a unit, even or odd
+    return (parts << _shifts(1, bits.device)[..., 0]).sum((-2, -1), dtype=torch.int32).flatten(2, 3)
+
+
+def _unpack_third(words: Tensor) -> Tensor:
+    """The inverse of `_pack_third`."""
+    parts = words.unflatten(2, (8, 4))[..., None, None] >> _shifts(1, words.device)[..., 0] & 1
+    return _by_row(parts.to(torch.uint8).unflatten(5, (4, 4)).transpose(4, 5))
+
+
+def _by_lane(codes: Tensor) -> Tensor:
+    """Codes [16 T, 128 U] as [tile, unit, g, t, block, half, pair, even or odd]."""
+    return codes.view(-1, 2, 8, codes.shape[1] // COLUMNS, 4, 4, 4, 2).permute(0, 3, 2, 5, 4, 1, 6, 7)
+
+
+def _by_row(parts: Tensor) -> Tensor:
+    """The inverse of `_by_lane`."""
+    tiles, units = parts.shape[:2]
+    return parts.permute(0, 5, 2, 1, 4, 3, 6, 7).reshape(tiles * ROWS, units * COLUMNS)

@@ -3,9 +3,7 @@
 // A warp owns ROWS tiles of 16 output rows and every so-manyth unit of 128 columns. The rows of Ŵ are operand A of
 // mma.m16n8k16, eight tokens are operand B. Which columns a step of 16 takes is free as long as both operands agree, so
 // a lane's share is eight neighbours: one 16-byte load of x feeds two steps, and the codes lie in the order in which
-// they are used. Scales multiply the fp32 sum of a group, so no weight is ever rounded. For many tokens that costs more
-// than it saves, in registers above all: weights are then multiplied by their scales (SCALED), and rounded as a copy of
-// them in 16 bits would be.
+// they are used. Scales multiply the fp32 sum of a group, so no weight is ever rounded.
 // Warps that share rows add their sums up in shared memory and, where a cluster shares them, in each other's: always in
 // the same order, so the result does not depend on timing.
 //
@@ -95,31 +93,20 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
 }
 #else
 typedef float Sums[ROWS][TOKENS][4];
-constexpr bool WHOLE = E2M1 || SCALED;  // scales are in the values, so that a group needs no sum of its own
 
 // Operand A of 32 columns: two steps of four registers.
 __device__ __forceinline__ void unpack(u32 (&a)[8], const Codes& codes, int block) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const u32 taken = constant(codes, block / SPAN, half);
-#if SCALED
-        const u32 scale = factor(codes, block / SPAN, half);
-#endif
 #pragma unroll
-        for (int p = 0; p < 4; p++) {
-            const u32 level = levels(codes, block * 4 + p, half, taken);
-#if SCALED
-            a[p * 2 + half] = times(level, scale);
-#else
-            a[p * 2 + half] = level;
-#endif
-        }
+        for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes, block, p, half, taken);
     }
 }
 
 template <class Read>
 __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS], const Read& read) {
-    Sums part;  // of a group, where its scale is not in the values
+    Sums part;  // of a group, where its scale is not in the values, as it is in those of E2M1
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) {
         uint4 early[TOKENS];  // takes registers, and saves waiting
@@ -134,13 +121,13 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
             const uint4 x = LATE ? read(block, n) : early[n];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                float(&sum)[4] = WHOLE ? sums[r][n] : part[r][n];
-                if (!WHOLE && block % SPAN == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+                float(&sum)[4] = E2M1 ? sums[r][n] : part[r][n];
+                if (!E2M1 && block % SPAN == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
                 multiply(sum, a[r], x.x, x.y);
                 multiply(sum, a[r] + 4, x.z, x.w);
             }
         }
-        if (WHOLE || block % SPAN < SPAN - 1) continue;
+        if (E2M1 || block % SPAN < SPAN - 1) continue;
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const float2 scale = scales(codes[r], block / SPAN);

@@ -221,3 +221,87 @@ __device__ __forceinline__ float4 peek(const float4* at, int rank) {  // the sam
 __device__ __forceinline__ void meet_neighbours() {
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 }
+
+// What is alike in all lanes of a warp, for the compiler to know.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+// --- the copy engine and wgmma --------------------------------------------------------------------------------------
+
+typedef unsigned long long u64;
+struct alignas(64) TensorMap { char opaque[128]; };  // CUtensorMap
+
+__device__ __forceinline__ u32 shared_place(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+// A barrier in shared memory: a phase ends when so many have arrived and all announced bytes are there.
+__device__ __forceinline__ void begin_barrier(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_place(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void show_barriers() {  // to the copy engine
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive_at(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" :: "r"(shared_place(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void announce(u64* barrier, int bytes) {  // and arrive
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_place(barrier)), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity has ended; of the parity 1 there has been one before the first.
+__device__ __forceinline__ void await_phase(u64* barrier, int parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "AGAIN:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@done bra DONE;\nbra AGAIN;\nDONE:}"
+                 :: "r"(shared_place(barrier)), "r"(parity) : "memory");
+}
+
+// A box of a matrix, zeros where it has no numbers. A row's eight vectors of 16 bytes trade places: v goes to v ^ row % 8.
+__device__ __forceinline__ void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared_place(to)), "l"(&from), "r"(column), "r"(row), "r"(shared_place(barrier)) : "memory");
+}
+
+// Registers of a thread, for all warps of four that work together: some keep few, so that others can take more.
+template <int COUNT>
+__device__ __forceinline__ void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+template <int COUNT>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT)); }
+
+// Registers are written before, products come between, and are done after waiting for all but so many sets.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int YOUNGER>
+__device__ __forceinline__ void await_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(YOUNGER) : "memory");
+}
+
+// What is computed from these registers is computed behind this place: products in flight read others, which the
+// compiler would else write too early, and wait for them all.
+__device__ __forceinline__ void pin(uint4& v) {
+    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) :: "memory");
+}
+
+// A tile that `bring_tile` brought, 64 columns wide, as wgmma is told of it; vectors of 16 bytes may be added.
+__device__ __forceinline__ u64 operand(const uint4* tile) {
+    const u64 swizzled = 1ull << 62, eight_rows = 64ull << 32, unused = 1ull << 16;  // 1024 bytes, in vectors
+    return swizzled | eight_rows | unused | (shared_place(tile) & 0x3ffff) >> 4;
+}
+
+// sums += A B of wgmma.m64n64k16: a warp's 16 rows as in `multiply`, times 64 rows of a tile, of which two vectors are
+// taken. Sums of eight columns of the result are four neighbours.
+__device__ __forceinline__ void multiply_tile(float (&s)[32], const u32 (&a)[4], u64 tile) {
+#if BFLOAT
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+#else
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+#endif
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
+                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;}"
+                 : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]), "+f"(s[4]), "+f"(s[5]), "+f"(s[6]), "+f"(s[7]),
+                   "+f"(s[8]), "+f"(s[9]), "+f"(s[10]), "+f"(s[11]), "+f"(s[12]), "+f"(s[13]), "+f"(s[14]),
+                   "+f"(s[15]), "+f"(s[16]), "+f"(s[17]), "+f"(s[18]), "+f"(s[19]), "+f"(s[20]), "+f"(s[21]),
+                   "+f"(s[22]), "+f"(s[23]), "+f"(s[24]), "+f"(s[25]), "+f"(s[26]), "+f"(s[27]), "+f"(s[28]),
+                   "+f"(s[29]), "+f"(s[30]), "+f"(s[31])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"(1));
+}

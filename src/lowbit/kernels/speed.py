@@ -34,6 +34,8 @@ WIDTHS = (4096, 14336)
 """Features of the inputs of its linears."""
 MANY = 2048
 """Tokens of a prompt."""
+_INT4_TOKENS = 128
+"""Tokens up to which torch's own int4 operator is measured: it takes longer than 16-bit weights from 16 on."""
 FLOATS = {"NVFP4": nvfp4(), "MXFP4": mx(E2M1)}
 """Formats of weights of 4-bit floats."""
 
@@ -63,7 +65,7 @@ def weight_only_rows(
     rates: tuple[float, float],
     shapes: Sequence[tuple[int, int]] = LLAMA_8B,
     widths: Sequence[int] = (4,),
-    tokens: Sequence[int] = (1, 16, 64, MANY),
+    tokens: Sequence[int] = (1, 16, 64, 256, MANY),
     group: int = 128,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Row]:
@@ -77,7 +79,7 @@ def weight_only_rows(
 
 
 def float_rows(
-    rates: tuple[float, float], shapes: Sequence[tuple[int, int]] = LLAMA_8B, tokens: Sequence[int] = (1, 16)
+    rates: tuple[float, float], shapes: Sequence[tuple[int, int]] = LLAMA_8B, tokens: Sequence[int] = (1, 16, 64)
 ) -> Iterator[Row]:
     """The same with weights of 4-bit floats, in bf16."""
     for inputs, outputs in shapes:
@@ -94,7 +96,7 @@ def weight_only_row(x: Tensor, weight: QTensor, rates: tuple[float, float]) -> R
     rivals: list[list[Call]] = [dense(x, outputs), [partial(weight_only.linear, x, each) for each in weights]]
     group = inputs // weight.grid.scale.shape[1]
     known = isinstance(spec.number, Int) and spec.bits == 4 and group in (32, 64, 128, 256)
-    if known and x.dtype == torch.bfloat16 and count <= weight_only.FEW:
+    if known and x.dtype == torch.bfloat16 and count <= _INT4_TOKENS:
         rivals.append(torch_int4(x, outputs, group))
     plain, ours, *theirs = microseconds(*rivals)
     limit = max(size(weights[0]) / rates[0], 2 * count * outputs * inputs / rates[1])

@@ -1,8 +1,9 @@
 """y = x Ŵᵀ + b for 16-bit inputs and weights in integers of 2, 3, 4 or 8 bits, NVFP4 or MXFP4 (W4A16 and its kin).
 
 Up to `FEW` tokens, the weights' bytes are what takes the time, and `product.cu` reads them once, as codes. For more,
-the library's product on a scratch copy in 16 bits is faster than anything that multiplies codes, and the copy costs a
-few per cent of it. Elsewhere than on a GPU, `reference` is the whole story.
+`wide_product.cu` keeps the tensor cores busy while it unpacks. What it does not take, and so many tokens that a copy
+costs nothing beside them, is left to the library's product on a scratch copy in 16 bits. Elsewhere than on a GPU,
+`reference` is the whole story.
 """
 
 from __future__ import annotations
@@ -16,22 +17,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..numerics.grid import to_values
+from . import wide_product
 from .compile import Constants, available, compiled, processors
-from .layout import COLUMNS, Prepared, restore
+from .layout import Prepared, restore
 
-FEW = 128
-"""Tokens up to which codes are multiplied."""
-MOST = 8
+FEW = 32
+"""Tokens up to which every weight is read for all of them at once."""
+MOST = 4
 """Tiles of tokens that a warp multiplies at once; more tokens read the weights again."""
-SCALED = 5
-"""Tiles of tokens from which on scales are cheaper in the values of integers than on their sums."""
 _TOKENS = 8
 """Tokens of one tensor core operation."""
 _SHARED = 200 * 1024
 """Bytes of shared memory that a plan may take."""
-_WIDE = {2: (28, 1, 2), 3: (28, 1, 3), 4: (28, 1, 3), 5: (16, 2, 3), 6: (16, 1, 2), 7: (16, 1, 3), 8: (16, 1, 2)}
+_WIDE = {2: (28, 1, 2), 3: (28, 1, 3), 4: (28, 1, 3)}
 """Most warps of a block, depth and stages, by tiles of tokens: where more than four tiles of rows share x."""
-_NARROW = {2: (32, 1, 3), 3: (16, 1, 3), 4: (20, 2, 3), 5: (16, 2, 3), 6: (16, 1, 3), 7: (12, 2, 3), 8: (8, 2, 4)}
+_NARROW = {2: (32, 1, 3), 3: (16, 1, 3), 4: (20, 2, 3)}
 """The same for fewer."""
 _MEMORY = 512
 """Bytes of one operation's fp32 sums in shared memory, and of a block of its inputs."""
@@ -75,10 +75,12 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
         flat = flat[:, weight.order]
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
-    if len(flat) > FEW:
-        y = F.linear(flat, dequantized(weight, x.dtype), bias)
-    else:
+    if len(flat) <= FEW:
         y = product(flat, weight, bias, plan(len(flat), weight))
+    elif len(flat) <= wide_product.MOST and wide_product.refusal(weight) is None:
+        y = wide_product.product(whole_vectors(flat), weight, bias, wide_product.plan(len(flat), weight))
+    else:
+        y = F.linear(flat, dequantized(weight, x.dtype), bias)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -100,8 +102,8 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
     outputs, inputs = weight.shape
     out = torch.empty(outputs, inputs + -inputs % 8, device=weight.low.device, dtype=dtype)
     tiles, units = weight.low.shape[:2]
-    kernel = compiled("dequantize", _format(weight, dtype), weight.low.device.index)
-    arguments: list[Tensor | int] = [*_tensors(weight), out, outputs, out.shape[1] // 8, *_counts(weight)]
+    kernel = compiled("dequantize", weight.constants(dtype), weight.low.device.index)
+    arguments: list[Tensor | int] = [*weight.pointers(), out, outputs, out.shape[1] // 8, *weight.counts()]
     kernel((-(-tiles * units // 8), 1), 256, arguments)
     return out[:, :inputs]
 
@@ -109,8 +111,6 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
 def plan(tokens: int, weight: Prepared) -> Plan:
     """How to share out a product of a number of tokens on the weight's device."""
     (tiles, units), device = weight.low.shape[:2], weight.low.device
-    if tokens > _TOKENS * (SCALED - 1) and _folds(weight):
-        return _plan_of_many(-(-tokens // _TOKENS), tiles, units, processors(device))
     return plan_for(tokens, tiles, units, device, thick=weight.factor is not None)
 
 
@@ -121,29 +121,23 @@ def plan_for(tokens: int, tiles: int, units: int, device: torch.device, *, thick
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
     """x [M, K] Ŵᵀ + b on codes, under a plan."""
-    inputs = x.shape[1]
-    x = aligned(F.pad(x, (0, -inputs % 8)) if inputs % 8 else x)
+    x = whole_vectors(x)
     y = torch.empty(len(x), weight.shape[0], device=x.device, dtype=x.dtype)
-    tensors = [*_tensors(weight), weight.low]  # no factor per token
-    form = (*_format(weight, x.dtype), ("SCALED", int(scaled(how, weight))))
-    start(form, tensors, x, bias, y, _counts(weight), weight.low.shape[0], how)
+    tensors = [*weight.pointers(), weight.low]  # no factor per token
+    start(weight.constants(x.dtype), tensors, x, bias, y, weight.counts(), weight.low.shape[0], how)
     return y
-
-
-def scaled(how: Plan, weight: Prepared) -> bool:
-    """Whether integers are multiplied by their scales before they are used, and rounded: for many tokens."""
-    return how.tokens >= SCALED and weight.factor is None and _folds(weight)
-
-
-def _folds(weight: Prepared) -> bool:
-    """Whether scales can be in the values that are multiplied, so that no group needs a sum of its own."""
-    return weight.factor is not None or weight.scale.dtype == torch.float16
 
 
 def aligned(x: Tensor) -> Tensor:
     """The same contiguous tensor, where it can be read 16 bytes at a time."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
+
+
+def whole_vectors(x: Tensor) -> Tensor:
+    """The same inputs, with columns of zeros where there are no eight more of them."""
+    inputs = x.shape[1]
+    return aligned(F.pad(x, (0, -inputs % 8)) if inputs % 8 else x)
 
 
 def start(
@@ -191,50 +185,3 @@ def _plan(tokens: int, tiles: int, units: int, processors: int, thick: bool) -> 
     warps, depth, stages = (_WIDE if row_warps > 4 else _NARROW)[tokens]
     fitting = min(8, units // cluster, warps // row_warps, _SHARED // (tokens * 4 * stages * _MEMORY))
     return Plan(1, tokens, row_warps, fitting, cluster, depth, stages)
-
-
-@cache
-def _plan_of_many(tokens: int, tiles: int, units: int, processors: int) -> Plan:
-    """The plan from `SCALED` tiles of tokens on, where no group has a sum of its own.
-
-    That leaves registers for two tiles of rows to a warp, which share what it reads of x. Blocks are of up to four such
-    warps times four that share columns, in the cluster that leaves the fewest processors without work.
-    """
-    pairs = math.ceil(tiles / 2)
-
-    def row_warps(cluster: int) -> int:
-        share = pairs * cluster / processors
-        return math.ceil(share / math.ceil(share / 4))
-
-    def busy(cluster: int) -> float:
-        blocks = math.ceil(pairs / row_warps(cluster)) * cluster
-        return pairs * cluster / (row_warps(cluster) * math.ceil(blocks / processors))
-
-    clusters = (1, 2) if units > 1 else (1,)
-    cluster = max(clusters, key=lambda each: (busy(each), row_warps(each), -each))
-    return Plan(2, min(tokens, MOST), row_warps(cluster), min(4, units // cluster), cluster, 1, 2, late=True)
-
-
-def _format(weight: Prepared, dtype: torch.dtype) -> Constants:
-    """What both kernels are compiled with."""
-    return (
-        ("BYTES", 0),
-        ("BITS", weight.bits),
-        ("E2M1", int(weight.factor is not None)),
-        ("BFLOAT", int(dtype == torch.bfloat16)),
-        ("ZERO", int(weight.zero is not None)),
-        ("WIDE", int(weight.scale.dtype == torch.float32)),
-        ("GROUPS", 1 if weight.group == -1 else max(1, COLUMNS // weight.group)),
-    )
-
-
-def _tensors(weight: Prepared) -> list[Tensor]:
-    """Pointers of a weight; the codes stand for what is not there and not looked at."""
-    parts = (weight.high, weight.scale, weight.zero, weight.factor)
-    return [weight.low, *(weight.low if part is None else part for part in parts)]
-
-
-def _counts(weight: Prepared) -> list[int]:
-    """Units and scales of a tile, log2 of the units that share a scale (all of them: more than there are)."""
-    shift = 30 if weight.group == -1 else max(0, (weight.group // COLUMNS).bit_length() - 1)
-    return [weight.low.shape[1], weight.scale.shape[1], shift]
