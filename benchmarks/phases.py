@@ -19,6 +19,7 @@ from lowbit.methods import gptq, stacked, views
 from lowbit.methods.awq import AWQ, AWQClip
 from lowbit.numerics.stats import Gram
 from lowbit.stream import block, rounding, sweep
+from lowbit.stream.edge_stack import ExpertEdges
 from lowbit.stream.edges import BlockEdge
 from lowbit.stream.prologue import Calls
 
@@ -26,10 +27,10 @@ PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
     "read": ((sweep.Sweep, "_tensors"), (sweep, "check_finite")),
     "forward": ((Calls, "run"),),
     "Gram": ((Gram, "update"),),
-    "AWQ's scales": ((AWQ, "fold"),),
-    "AWQ's candidates": ((BlockEdge, "error"),),
+    "AWQ's scales": ((AWQ, "fold"), (AWQ, "fold_stack")),
+    "AWQ's candidates": ((BlockEdge, "error"), (ExpertEdges, "errors")),
     "factor": ((views, "inverse_factor"), (views, "inverse_factors")),
-    "clip": ((AWQClip, "fit"),),
+    "clip": ((AWQClip, "fit"), (AWQClip, "fit_stack")),
     "sweep": ((gptq, "sweep"), (stacked, "sweep")),
     "round, the rest": ((block, "rounded"),),
     "codes to the CPU": ((rounding, "_parted"),),

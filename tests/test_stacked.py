@@ -28,7 +28,7 @@ from lowbit.numerics import feedback
 from lowbit.numerics.feedback import inverse_factor, inverse_factors, sweep
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.spec import E2M1, Int, Spec
-from lowbit.stream import rounding
+from lowbit.stream import plan, rounding
 from lowbit.stream.sweep import MICRO_BATCH, micro_batch
 
 ENTRIES, ROWS, COLUMNS = 3, 24, 64
@@ -85,6 +85,15 @@ def test_what_fails_is_factorized_by_itself() -> None:
     assert torch.equal(factors[0], factors[2]) and torch.allclose(factors[0], inverse_factor(good, 0.01))
     with pytest.raises(ValueError, match="even with heavy damping"):
         inverse_factors([good, torch.tensor([[1.0, 11.5], [11.5, 1.0]])], 0.01, [None] * 2)
+
+
+def test_wide_ones_are_factorized_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit as `inverse_factor` does it, in every order."""
+    monkeypatch.setattr(feedback, "_WIDE", 40)
+    hs = [gram(entry, 40) for entry in range(3)]
+    orders = [None, torch.randperm(40), hs[2].diagonal().argsort()]
+    for u, h, order in zip(inverse_factors(hs, 0.01, orders), hs, orders, strict=True):
+        assert torch.equal(u, inverse_factor(h, 0.01, order))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -239,7 +248,8 @@ def stacking(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(work, taps, stats)
 
     monkeypatch.setattr(rounding, "STACKED", ("cpu",))
-    monkeypatch.setattr(rounding, "stack_bytes", lambda _shape: rounding.STACK_BYTES // 3)
+    monkeypatch.setattr(rounding, "entry_bytes", lambda _shape: 1)
+    monkeypatch.setattr(plan, "stack_bytes", lambda *_: 3)
     monkeypatch.setattr(rounding, "_rounded_stack", noted)
     monkeypatch.setattr(rounding, "STARVED", 48)
     return sizes

@@ -125,12 +125,14 @@ def prepare(request: Request) -> Prepared:
     plan = make_plan(
         checkpoint, anatomy, loaded.recipe, tokens=tokens, dtype=dtype, refuse=refuse, window=window, device=device
     )
+    plan = replace(plan, stack_bytes=_stack_bytes(request, plan, device))
     record = {
         "numerics": VERSION,
         "model": checkpoint.fingerprint(),
         "recipe": recipes.to_dict(loaded.recipe),
         "calibration": None if calibration is None else {**calibration, "tokens": fingerprint(windows)},
         "target": request.target,
+        **({"stack_bytes": plan.stack_bytes} if plan.stack_bytes else {}),
         **_arithmetic(device, dtype, count, micro_batch(anatomy, loaded.recipe, device)),
         **({"allocation": budget.record_of(request)} if widths else {}),
     }
@@ -151,6 +153,15 @@ def _arithmetic(device: torch.device, dtype: torch.dtype, lanes: int, micro_batc
         **({"lanes": lanes} if lanes > 1 else {}),
         "torch": torch.__version__,
     }
+
+
+def _stack_bytes(request: Request, plan: Plan, device: torch.device) -> int:
+    """What a stack of experts may take: how many make one belongs to a run, whatever --gpu-memory it goes on with."""
+    from .stream.plan import stack_bytes
+    from .stream.run import begun_with
+
+    begun = {} if request.output is None or request.restart else begun_with(Path(request.output))
+    return int(begun.get("stack_bytes", 0)) if begun else stack_bytes(plan, device, request.gpu_memory)
 
 
 def shared(request: Request) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ..numerics.maps import Map
 from ..numerics.qtensor import Outliers, QTensor, QWeight
 from ..numerics.spec import Spec
 from .scheme import Scheme
-from .views import BlockView, EdgeView, Fold, ModelView, Need, Stats
+from .views import BlockView, EdgeStack, EdgeView, Fold, ModelView, Need, Stats
 
 
 @runtime_checkable
@@ -75,6 +75,14 @@ class Transform(Protocol):
 
 
 @runtime_checkable
+class StackingTransform(Transform, Protocol):
+    """A transform that takes a mixture's edges between an expert's linears as one batch, where that pays."""
+
+    def fold_stack(self, stack: EdgeStack) -> list[Fold | None]:
+        """`fold` for every edge."""
+
+
+@runtime_checkable
 class Clip(Protocol):
     """Chooses the range that codes cover."""
 
@@ -83,6 +91,14 @@ class Clip(Protocol):
 
     def fit(self, weight: Tensor, spec: Spec, stats: Stats | None, *, scores: bool) -> Grid:
         """The grid for W [O, I]. `scores`: the rows make queries or keys, whose error passes through a softmax."""
+
+
+@runtime_checkable
+class StackingClip(Clip, Protocol):
+    """A clip that searches the ranges of many weights at once, where that pays: those of a mixture's experts."""
+
+    def fit_stack(self, weights: Sequence[Tensor], spec: Spec, stats: Sequence[Stats], *, scores: bool) -> list[Grid]:
+        """`fit` for weights [O, I] of one shape, each behind inputs of its own, which were all seen."""
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from ..numerics.spec import Int, Spec
 from ..numerics.stats import Gram
 from .base import Clip
 from .rtn import RTN
-from .stacked import sweep_stack
+from .stacked import fitted, put_limits, sweep_stack
 from .views import Need, Stats, factored
 
 Fit = Callable[[Tensor, Spec, Stats], Grid]
@@ -84,7 +84,7 @@ class GPTQ:
         """`round` for weights [O, I] of one shape, each behind inputs of its own."""
         factors, orders, dead = factored(stats, self.damp, self.act_order)
         weights = [weight.masked_fill(unseen, 0.0) for weight, unseen in zip(weights, dead, strict=True)]
-        grids = [clip.fit(weight, spec, seen, scores=scores) for weight, seen in zip(weights, stats, strict=True)]
+        grids = fitted(clip, weights, spec, stats, scores=scores)
         natural = torch.arange(weights[0].shape[1], device=weights[0].device)
         columns = [natural if order is None else order for order in orders]
         return sweep_stack(weights, grids, factors, columns, self.block)
@@ -208,16 +208,12 @@ class Columns:
         self.limits = torch.empty(len(self.scale), 2, shape[0], device=grid.scale.device)
         self._columns, self._scales = self.levels.unbind(), self.scale.unbind()
         self._limits = [tuple(pair.unbind()) for pair in self.limits]
-        for group in range(len(self.scale)):
-            self._limit(group)
+        self._limit(slice(None))
 
-    def _limit(self, group: int) -> None:
+    def _limit(self, groups: slice) -> None:
         if isinstance(self.number, Int):
-            zero = 0.0 if self.zero is None else self.zero[group]
-            self.limits[group, 0] = self.number.low - zero
-            self.limits[group, 1] = self.number.high - zero
-            if self.reach is not None:
-                self.limits[group].clamp_(-self.reach[group], self.reach[group])
+            zero, reach = (None if x is None else x[groups] for x in (self.zero, self.reach))
+            put_limits(self.limits[groups], self.number, zero, reach)
 
     def set(self, group: int, grid: Grid) -> None:
         """Take the one-group grid fitted for `group`."""
@@ -228,7 +224,7 @@ class Columns:
             self.zero[group] = grid.zero[:, 0]
         if self.offset is not None and grid.offset is not None:
             self.offset[group] = grid.offset[:, 0]
-        self._limit(group)
+        self._limit(slice(group, group + 1))
 
     def round(self, column: int, values: Tensor) -> Tensor:
         """Nearest levels of the column's values [O]; returns what they stand for."""

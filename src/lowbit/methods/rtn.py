@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ from ..numerics.grid import Grid, fit_range
 from ..numerics.qtensor import QTensor
 from ..numerics.spec import Spec
 from .base import Clip
+from .stacked import fitted
 from .views import Need, Stats
 
 
@@ -46,3 +48,14 @@ class RTN:
         """Codes for W [O, I] on the clip's grid."""
         grid = clip.fit(weight, spec, stats, scores=scores)
         return QTensor(grid.encode(weight), grid)
+
+    def stacks(self, spec: Spec) -> bool:
+        """For the sake of clips that search the ranges of many weights at once."""
+        return True
+
+    def round_stack(
+        self, weights: Sequence[Tensor], spec: Spec, clip: Clip, stats: Sequence[Stats], *, scores: bool
+    ) -> list[QTensor]:
+        """`round` for weights [O, I] of one shape, each behind inputs of its own."""
+        grids = fitted(clip, weights, spec, stats, scores=scores)
+        return [QTensor(grid.encode(weight), grid) for weight, grid in zip(weights, grids, strict=True)]

@@ -5,6 +5,12 @@ Rows of different experts know nothing of each other, so a stack of experts goes
 column, and each brings its own factor, order of columns and grid. What is done to every weight is what `gptq.Columns`
 does to one.
 
+A stack is as many experts as memory allows, and who calls decides that (`stream/rounding.py`). In fp32, beside the
+weight as the model has it and its Gram matrix, an expert takes one [O, I] for that weight in fp32, and while its factor
+is made three [I, I], of which one stays. Then the weight once more with its dead columns at zero, and either five more
+[O, I] for the ranges that are searched, or three for the sweep: the columns as they are taken, as they are worked on,
+and their levels. Codes, a byte each, come out one expert after the other.
+
 Shape letters: E weights, O output rows, I input columns, G groups, T columns of a tile.
 """
 
@@ -18,7 +24,24 @@ from torch import Tensor
 from ..numerics.feedback import sweep
 from ..numerics.grid import Grid, to_codes, to_levels, unit_shape
 from ..numerics.qtensor import QTensor
-from ..numerics.spec import Int
+from ..numerics.spec import Int, Spec
+from .base import Clip, StackingClip
+from .views import Stats
+
+
+def fitted(clip: Clip, weights: Sequence[Tensor], spec: Spec, stats: Sequence[Stats], *, scores: bool) -> list[Grid]:
+    """The clip's grid of every W [O, I], of as many at once as it takes."""
+    if isinstance(clip, StackingClip):
+        return clip.fit_stack(weights, spec, stats, scores=scores)
+    return [clip.fit(weight, spec, seen, scores=scores) for weight, seen in zip(weights, stats, strict=True)]
+
+
+def put_limits(limits: Tensor, number: Int, zero: Tensor | None, reach: Tensor | None) -> None:
+    """Fill `limits` [..., 2, O] with the least and the largest level of units that have `zero` and `reach` [..., O]."""
+    for place, end in enumerate((number.low, number.high)):
+        limits[..., place, :] = end if zero is None else end - zero
+    if reach is not None:
+        limits.clamp_(-reach[..., None, :], reach[..., None, :])
 
 
 def sweep_stack(
@@ -52,10 +75,7 @@ class _Columns:
         self.levels = scale.new_empty(len(grids), shape[1], shape[0])
         self.limits = scale.new_empty(*scale.shape[:2], 2, shape[0])
         if isinstance(self.number, Int):
-            zero = torch.zeros_like(scale) if self.zero is None else self.zero
-            self.limits[:, :, 0], self.limits[:, :, 1] = self.number.low - zero, self.number.high - zero
-            if reach is not None:
-                self.limits.clamp_(-reach[:, :, None], reach[:, :, None])
+            put_limits(self.limits, self.number, self.zero, reach)
         self._entries = torch.arange(len(grids), device=scale.device)
 
     def round_tile(self, first: int, columns: Tensor, errors: Tensor, shares: Tensor) -> None:

@@ -165,6 +165,28 @@ class EdgeView(Protocol):
         """
 
 
+class EdgeStack(Protocol):
+    """E edges like one another, each with one reader, by whose output alone it is judged; nothing else is quantized.
+
+    Channels of the source are those of the reader.
+    """
+
+    @property
+    def weights(self) -> Tensor:
+        """The readers' weights, fp32 [E, O, I]."""
+
+    @property
+    def spec(self) -> Spec:
+        """The format of every reader."""
+
+    @property
+    def absmean(self) -> Tensor:
+        """Mean magnitude of the input channels, [E, I]."""
+
+    def errors(self, weights: Tensor) -> Tensor:
+        """`EdgeView.error` of every edge [E], if the readers held `weights` [E, O, I] (given for unscaled inputs)."""
+
+
 @dataclass(frozen=True)
 class Fold:
     """A function-preserving map for an edge: the source's output x becomes (x - shift) / scale, both [S] over its

@@ -35,6 +35,8 @@ _KERNEL_TILE = 128
 """Columns that a kernel holds in registers."""
 _PANEL = 128
 """Columns of a stack that are factorized at once: what lies behind them is products of matrices."""
+_WIDE = 8192
+"""Columns from which a matrix fills a GPU by itself, and is factorized so: by panels it takes more operations."""
 
 
 def inverse_factor(h: Tensor, damp: float, order: Tensor | None = None, *, attempts: int = 4) -> Tensor:
@@ -66,10 +68,14 @@ def inverse_factors(hs: Sequence[Tensor], damp: float, orders: Sequence[Tensor |
     """`inverse_factor` of every H [I, I] in its order, [E, I, I], as one batch; those that fail are tried again singly.
 
     A library's factorization of a batch is made for tiny matrices, so panels of columns are factorized by it, and the
-    rest of the matrices is brought up to date by products.
+    rest of the matrices is brought up to date by products. Wide ones are taken singly.
     """
     _check_finite(hs)
     stack = hs[0].new_empty(len(hs), *hs[0].shape)
+    if stack.shape[-1] >= _WIDE:
+        for place, h, order in zip(stack, hs, orders, strict=True):
+            place.copy_(inverse_factor(h, damp, order))
+        return stack
     for place, h, order in zip(stack, hs, orders, strict=True):
         backwards = torch.arange(len(h), device=h.device) if order is None else order
         place.copy_(_turned(h, backwards.flip(0), damp, torch.float32))

@@ -307,15 +307,18 @@ _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 23}
 """Elements searched at once: a candidate's temporaries stay in a CPU's cache, a GPU's kernels are worth their start."""
 
 
-def search_range(x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitError) -> Grid:
+def search_range(
+    x: Tensor, spec: Spec, ratios: Iterable[float], error: UnitError, *, at_once: int | None = None
+) -> Grid:
     """For every unit of x [R, C] the grid of least error among those covering [p min, p max], p in `ratios`.
 
     The first ratio wins ties, so put 1 first. The running best is kept apart from the original range: shrinkage must
-    not compound. What scales are stored relative to belongs to the full range.
+    not compound. What scales are stored relative to belongs to the full range. `at_once`: rows searched at once, where
+    the caller knows better.
     """
     ratios = tuple(ratios)
     rows, columns = x.shape
-    step = max(1, _CHUNK["cuda" if x.is_cuda else "cpu"] // columns) if spec.by_row else rows
+    step = at_once or max(1, _CHUNK["cuda" if x.is_cuda else "cpu"] // columns) if spec.by_row else rows
     full = fit_range(x, spec) if spec.relative else None
     parts = []
     for start in range(0, rows, step):

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.anatomy import Edge
-from ..methods.base import Transform
+from ..methods.base import StackingTransform, Transform
 from ..methods.views import Fold, Stats
 from ..modules.linear import install
 from ..numerics.grid import Grid
 from ..numerics.qtensor import QAttention, QLayer
+from .edge_stack import ExpertEdges, together
 from .edges import BlockEdge, inspects_reader
 from .memory import release_memory
 from .observe import Observed, observe
@@ -205,7 +206,8 @@ def _transform(work: BlockWork, observed: Observed, text: Text) -> Observed:
     if work.recipe.folds:
         work.widen()
     for index, transform in enumerate(work.recipe.folds):
-        folds = [_transform_edge(work, transform, edge, observed) for edge in work.anatomy.edges]
+        asked = [edge for edge in work.anatomy.edges if _asked(work, edge, observed.stats)]
+        folds = [fold for run in together(work, asked) for fold in _transform_edges(work, transform, run, observed)]
         later = work.recipe.folds[index + 1 :]
         made = [fold for fold in folds if fold is not None]
         if any(fold.shift is not None for fold in made) or (made and any(other.replays for other in later)):
@@ -215,30 +217,48 @@ def _transform(work: BlockWork, observed: Observed, text: Text) -> Observed:
     return observed
 
 
-def _transform_edge(work: BlockWork, transform: Transform, edge: Edge, observed: Observed) -> Fold | None:
-    formats = [work.formats[site.name] for site in edge.readers]
-    stats = [observed.stats[site.name] for site in edge.readers]
-    if all(weights is None for weights, _ in formats) or not any(stat.tokens for stat in stats):
-        return None
+def _asked(work: BlockWork, edge: Edge, stats: Mapping[str, Stats]) -> bool:
+    """Whether some reader of the edge is quantized and has seen tokens, as channels that a scale still reaches."""
+    if all(work.formats[site.name][0] is None for site in edge.readers):
+        return False
     if any(site.name in work.maps for site in edge.readers):
-        return None  # channels are mixed before they are quantized: no scale of one of them reaches its neighbours
-    view = BlockEdge(
+        return False  # channels are mixed before they are quantized: no scale of one of them reaches its neighbours
+    return any(stats[site.name].tokens for site in edge.readers)
+
+
+def _transform_edges(
+    work: BlockWork, transform: Transform, edges: Sequence[Edge], observed: Observed
+) -> list[Fold | None]:
+    """A map for each of some edges, folded in; several are experts', whose maps know nothing of each other."""
+    views = [_view(work, edge, observed) for edge in edges]
+    if len(views) > 1 and isinstance(transform, StackingTransform):
+        found = transform.fold_stack(ExpertEdges(views))
+    else:
+        found = [transform.fold(view) for view in views]
+    folds = zip(views, work.lanes.agreed(found), strict=True)
+    return [None if fold is None else _folded(work, view, fold) for view, fold in folds]
+
+
+def _view(work: BlockWork, edge: Edge, observed: Observed) -> BlockEdge:
+    formats = [work.formats[site.name] for site in edge.readers]
+    return BlockEdge(
         edge=edge,
         block=work.block,
         weights=[work.weight(site) for site in edge.readers],
         specs=[weights for weights, _ in formats],
         activations=[inputs for _, inputs in formats],
-        stats=stats,
+        stats=[observed.stats[site.name] for site in edge.readers],
         samples=observed.samples.get(edge.inspect, ()),
         dtype=work.dtype,
         maps=work.maps,
         lanes=work.lanes,
     )
-    fold: Fold | None = work.lanes.agreed(transform.fold(view))
-    if fold is None:
-        return None
-    fold = work.fold(edge, fold)
-    for stat in {id(stat): stat for stat in stats}.values():
+
+
+def _folded(work: BlockWork, view: BlockEdge, fold: Fold) -> Fold:
+    """The map as it is stored, carried out on the weights and on what is known of the inputs."""
+    fold = work.fold(view.edge, fold)
+    for stat in {id(stat): stat for stat in view.stats}.values():
         stat.transport(view.to_readers(fold.scale))
     return fold
 

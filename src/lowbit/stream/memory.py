@@ -6,8 +6,13 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def release_memory() -> None:
@@ -17,6 +22,27 @@ def release_memory() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def gpu_size(device: torch.device, limit: int | None) -> int:
+    """Bytes of a GPU in all, or as many as `limit` lets this process take there; the same on every GPU of a kind."""
+    size = torch.cuda.get_device_properties(device).total_memory
+    return size if limit is None else min(size, limit)
+
+
+def in_parts(items: Sequence[T], each: int, limit: int, least: int = 1) -> list[Sequence[T]]:
+    """Items of `each` bytes in parts of about one length that take `limit` bytes at most, or are one item.
+
+    There are `least` parts or more, as far as there are items.
+    """
+    count = max(-(-len(items) // max(1, limit // each)), min(least, len(items)))
+    ends = [len(items) * part // count for part in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(ends)]
+
+
+def at_home(states: int, room: int) -> bool:
+    """Whether hidden states of so many bytes live on a GPU where `room` may be had: in less than two fifths of it."""
+    return 5 * states < 2 * room
 
 
 def gpu_room(device: torch.device, limit: int | None) -> int:

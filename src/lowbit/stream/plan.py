@@ -24,7 +24,8 @@ from ..numerics.sizes import stored_bytes
 from ..numerics.spec import BF16, Spec
 from . import rotation
 from .checkpoint import Checkpoint
-from .rounding import STACK_BYTES, STACKED
+from .memory import at_home, gpu_size
+from .rounding import stack_limit, stacks_on
 from .work import Formats
 
 Refuse = Callable[[Spec | None, Spec | None, Site, bool, Map | bool], str | None]
@@ -60,6 +61,8 @@ class Plan:
     """Bits per quantized weight as papers count them: of codes alone, or as the paper of an Encode says."""
     learning_bytes: int = 0
     """What a rotation that is learned needs, before the first block: the whole model, its gradients, one window."""
+    stack_bytes: int = 0
+    """What working on a mixture's experts as one stack may take of a GPU, beside all this."""
 
     @property
     def peak_bytes(self) -> int:
@@ -119,7 +122,7 @@ def make_plan(
         (*rotation.notices(anatomy, recipe, checkpoint, window, device), *_notices(anatomy, recipe)),
         block_bytes,
         tokens * hidden * dtype.itemsize * (3 if recipe.float_stream else 1) if text else 0,
-        _working_bytes(anatomy, recipe, block_bytes, device),
+        _working_bytes(anatomy, recipe, block_bytes),
         sum(_flops(site, recipe, tokens if text else 0) for _, site, _, _ in chosen),
         sum(prod(site.shape) for _, site, _, _ in quantized),
         sum(site_bytes(site.shape, weights, recipe) for _, site, weights, _ in quantized),
@@ -282,15 +285,23 @@ def _notices(anatomy: Anatomy, recipe: Recipe) -> tuple[str, ...]:
     return tuple(f"{names} skips {line}" for line in seen)
 
 
-def _working_bytes(anatomy: Anatomy, recipe: Recipe, block_bytes: int, device: torch.device | None) -> int:
+def stack_bytes(plan: Plan, device: torch.device, gpu_memory: int | None) -> int:
+    """What a stack of experts may take of a GPU of which the run may take `gpu_memory`; 0 where nothing is stacked."""
+    experts = any(site.expert is not None for block in plan.anatomy.blocks for site in block.sites)
+    if not experts or not stacks_on(device) or "gram" not in plan.recipe.needs:
+        return 0
+    memory = gpu_size(device, gpu_memory)
+    states = plan.hidden_bytes if at_home(plan.hidden_bytes, memory) else 0
+    return stack_limit(memory, 2 * plan.block_bytes + plan.working_bytes + states)
+
+
+def _working_bytes(anatomy: Anatomy, recipe: Recipe, block_bytes: int) -> int:
     blocks = [[tap.sites[0].shape[1] for tap in block.taps] for block in anatomy.blocks]
     widths = max(blocks, key=lambda widths: sum(w * w for w in widths))
     largest = max(prod(site.shape) for block in anatomy.blocks for site in block.sites)
     total = block_bytes // 2 + 3 * 4 * largest
     if "gram" in recipe.needs:
         total += 4 * sum(w * w for w in widths) + 3 * 4 * max(widths) ** 2 + block_bytes
-        mixture = any(site.expert is not None for site in anatomy.blocks[-1].sites)
-        total += STACK_BYTES if mixture and device is not None and device.type in STACKED else 0
     if recipe.transforms:
         total += 2 * block_bytes
     if recipe.rotation is not None:

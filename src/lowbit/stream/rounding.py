@@ -2,8 +2,10 @@
 
 Linears behind one input share a factorization, and those of one format are rounded as one matrix. Taps know nothing of
 each other, so the processes of a run take each some of them. On a GPU a mixture's experts of one projection are rounded
-as stacks, whose size follows from their shape alone: what is rounded together depends neither on the memory that is
-free nor on the number of processes, for a library may choose another order of sums for another number of matrices.
+as stacks. How many make one follows from their shape, from what the plan leaves to a stack, which is decided when a run
+is begun (`stack_limit`), and from the number of lanes, so that there is work for every process. It depends neither on
+the memory that is free nor on the number of processes, for a library may choose another order of sums for another
+number of matrices.
 """
 
 from __future__ import annotations
@@ -22,16 +24,29 @@ from ..methods.base import Particular, Stacking, outcomes
 from ..methods.views import Stats
 from ..numerics.qtensor import QLayer, QTensor, QWeight
 from ..numerics.spec import Spec
+from .memory import in_parts
 from .work import BlockWork, FixedGrid
 
 STARVED = 32
 """An expert that saw fewer tokens than this is rounded to nearest: its statistics would be noise."""
 
-
-STACK_BYTES = 2 << 30
-"""GPU memory that rounding a stack of experts may take beside their weights and Gram matrices."""
 STACKED = ("cuda",)
-"""Devices on which experts are rounded as stacks: a CPU is filled by one of them."""
+"""Devices on which experts are worked on as stacks: a CPU is filled by one of them."""
+_STEP = 256 << 20
+
+
+def stacks_on(device: torch.device) -> bool:
+    """Whether experts are worked on as stacks there."""
+    return device.type in STACKED
+
+
+def stack_limit(memory: int, taken: int) -> int:
+    """Bytes of a GPU's `memory` for working on a stack of experts, beside their weights, Gram matrices and all else.
+
+    A fifth, as long as that is half of what the work on a block leaves, `taken` being what it does not: the other half
+    is for states that wait between the passes over a block. Whole steps, since GPUs of one kind differ by a little.
+    """
+    return max(0, min(memory // 5, (memory - taken) // 2)) // _STEP * _STEP
 
 
 def rounded(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats], seed: int) -> dict[str, QLayer]:
@@ -63,23 +78,27 @@ def _jobs(work: BlockWork, taps: Sequence[Tap], stats: Mapping[str, Stats]) -> I
         else:
             yield [tap]
     for (shape, _, _), together in alike.items():
-        size = max(1, STACK_BYTES // stack_bytes(shape))
-        yield from (together[start : start + size] for start in range(0, len(together), size))
+        yield from map(list, in_parts(together, entry_bytes(shape), work.stack_bytes, work.lanes.count))
 
 
 def _stacks(work: BlockWork, tap: Tap, spec: Spec, stats: Mapping[str, Stats]) -> bool:
     """Whether a tap, all of whose sites have this format, may be rounded with others of its shape."""
     recipe = work.recipe
-    if work.device.type not in STACKED or tap.sites[0].expert is None or _seen(tap, stats) is None:
+    if not stacks_on(work.device) or tap.sites[0].expert is None or _seen(tap, stats) is None:
         return False
     if any(site.name in work.grids for site in tap.sites) or len(outcomes(recipe.clip, spec)) > 1:
         return False  # grids are one by one what they are
     return recipe.encode is None and isinstance(recipe.round, Stacking) and recipe.round.stacks(spec)
 
 
-def stack_bytes(shape: tuple[int, int]) -> int:
-    """About the bytes that a weight [O, I] of a stack takes while it is rounded: fp32 copies of it and its factor."""
-    return 4 * (6 * prod(shape) + 3 * shape[1] ** 2)
+def entry_bytes(shape: tuple[int, int]) -> int:
+    """About the bytes that a weight [O, I] of a stack takes while it is worked on, beside it and its Gram matrix.
+
+    Either its factor is being made, or its ranges are searched: see `methods/stacked.py`. A search of AWQ's scales
+    takes less, five copies of the weight and one of the Gram matrix.
+    """
+    weight, square = prod(shape), shape[1] ** 2
+    return 4 * max(weight + 3 * square, 7 * weight + square)
 
 
 def corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str, Stats]) -> dict[str, QLayer]:

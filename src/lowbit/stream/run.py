@@ -170,6 +170,14 @@ class RunDirectory:
         return entries
 
 
+def begun_with(path: Path) -> dict[str, Any]:
+    """What plan.json of a directory says; nothing where there is none. One that cannot be read is refused later."""
+    try:
+        return dict(json.loads((path / PLAN).read_text(encoding="utf8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def first_difference(before: Any, after: Any, path: str = "") -> str | None:
     """The first field in which two plans differ, as a phrase; None if they agree."""
     if isinstance(before, dict) and isinstance(after, dict):

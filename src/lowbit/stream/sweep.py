@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
 from .lanes import ALONE, Lanes
 from .learning import WholeModel
-from .memory import gpu_room, release_memory
+from .memory import at_home, gpu_room, release_memory
 from .plan import Plan
 from .prologue import run_prologue
 from .rotation import Turning, unties
@@ -169,6 +169,7 @@ class Sweep:
         part, formats = self.plan.anatomy.blocks[index], self.plan.formats[index]
         work = BlockWork(block, part, self.plan.recipe, formats, tensors, self.dtype, self.device)
         work.place, work.lanes = (index, len(self.plan.anatomy.blocks)), self.lanes
+        work.stack_bytes = self.plan.stack_bytes
         if self._turning is not None:
             self._turning.turn(work, index)
         return work
@@ -233,9 +234,9 @@ class Sweep:
         return streams, 0
 
     def _home(self) -> torch.device:
-        """Where hidden states live: on the GPU if they take less than two fifths of what may be had there."""
+        """Where hidden states live: on the GPU if they are at home there."""
         own = self.plan.hidden_bytes // self.lanes.world
-        if self.device.type == "cuda" and 5 * own < 2 * gpu_room(self.device, self.gpu_budget):
+        if self.device.type == "cuda" and at_home(own, gpu_room(self.device, self.gpu_budget)):
             return self.device
         return torch.device("cpu")
 
@@ -246,7 +247,8 @@ class Sweep:
         """
         spare = self.hidden_budget - taken
         if self.device.type == "cuda":
-            spare = min(spare, (gpu_room(self.device, self.gpu_budget) - self.plan.working_bytes) // 2)
+            work = self.plan.working_bytes + self.plan.stack_bytes
+            spare = min(spare, (gpu_room(self.device, self.gpu_budget) - work) // 2)
         return max(0, spare)
 
     def _names(self, index: int) -> tuple[str, ...]:

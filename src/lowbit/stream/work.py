@@ -65,6 +65,8 @@ class BlockWork:
         """The block's number and how many blocks there are."""
         self.lanes = ALONE
         """The processes that share the work."""
+        self.stack_bytes = 0
+        """What working on experts as one stack may take; if that is too little for two, it is one by one."""
         self.maps: dict[str, Map] = {}
         self.clips: dict[str, Tensor] = {}
         self.grids: dict[str, Grid] = {}
