@@ -101,7 +101,7 @@ def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> No
     codes, scale = dynamic.encode(x, how)
     weights = [replace(operand, codes=operand.codes.clone()) for _ in range(turns(operand.codes.numel()))]
     tiles, units = -(-len(operand.scale) // ROWS), -(-x.shape[1] // COLUMNS)
-    plan = weight_only.plan_for(len(x), tiles, units, x.device, thick=True)
+    plan = weight_only.plan_for(len(x), tiles, units, x.device, "bytes")
 
     def few(plan: Plan) -> Callable[[Operand], Tensor]:
         return lambda each: codes_product.product_of_few(codes, scale, each, None, x.dtype, plan)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_plans_fit_the_device(processors: int) -> None:
         for tiles in (1, 2, 43, 64, 256, 384, 896, 1792, 8016):
             for units in (1, 2, 3, 6, 32, 112, 224):
                 place = (tokens, tiles, units, processors)
-                plans = [weight_only._plan(*place, thick) for thick in (False, True)]
+                plans = [weight_only._plan(*place, kind) for kind in get_args(weight_only.Kind)]
                 for plan in plans:
                     assert 32 * plan.row_warps * plan.k_warps <= 1024
                     assert plan.shared <= 200 * 1024

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,19 @@ _TOKENS = 8
 """Tokens of one tensor core operation."""
 _SHARED = 200 * 1024
 """Bytes of shared memory that a plan may take."""
+Kind = Literal["int2", "int3", "int4", "int4 of fp16", "int8", "floats", "bytes"]
+"""What codes are, as far as plans differ: integers by their bits, E2M1, and codes whose inputs are codes too."""
+_ONE: dict[Kind, tuple[bool, tuple[int, int, int, bool]]] = {
+    "int4": (False, (1, 8, 1, True)),
+    "int4 of fp16": (True, (2, 8, 1, False)),
+    "int2": (True, (2, 8, 1, True)),
+    "int3": (True, (1, 16, 1, False)),
+    "int8": (False, (2, 4, 2, False)),
+    "floats": (True, (1, 8, 1, False)),
+    "bytes": (True, (1, 8, 1, False)),
+}
+"""For one tile of tokens: whether codes take so many registers that two blocks of 16 warps have no room on a processor
+beside each other, where one of 32 has; and, for many tiles of rows, rows, k_warps, depth and late."""
 _WIDE = {2: (28, 1, 2), 3: (28, 1, 3), 4: (28, 1, 3)}
 """Most warps of a block, depth and stages, by tiles of tokens: where more than four tiles of rows share x."""
 _NARROW = {2: (32, 1, 3), 3: (16, 1, 3), 4: (20, 2, 3)}
@@ -76,7 +90,7 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     if len(flat) <= FEW:
-        y = product(flat, weight, bias, plan(len(flat), weight))
+        y = product(flat, weight, bias, plan(len(flat), weight, x.dtype))
     elif len(flat) <= wide_product.MOST and wide_product.refusal(weight) is None:
         y = wide_product.product(whole_vectors(flat), weight, bias, wide_product.plan(len(flat), weight))
     else:
@@ -108,15 +122,17 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
     return out[:, :inputs]
 
 
-def plan(tokens: int, weight: Prepared) -> Plan:
-    """How to share out a product of a number of tokens on the weight's device."""
+def plan(tokens: int, weight: Prepared, dtype: torch.dtype) -> Plan:
+    """How to share out a product of a number of tokens of a dtype on the weight's device."""
     (tiles, units), device = weight.low.shape[:2], weight.low.device
-    return plan_for(tokens, tiles, units, device, thick=weight.factor is not None)
+    halves = weight.bits == 4 and dtype == torch.float16
+    kind = "floats" if weight.factor is not None else "int4 of fp16" if halves else f"int{weight.bits}"
+    return plan_for(tokens, tiles, units, device, cast(Kind, kind))
 
 
-def plan_for(tokens: int, tiles: int, units: int, device: torch.device, *, thick: bool) -> Plan:
-    """The same for a weight of so many tiles of rows and units of columns, whose codes take more registers or not."""
-    return _plan(-(-tokens // _TOKENS), tiles, units, processors(device), thick)
+def plan_for(tokens: int, tiles: int, units: int, device: torch.device, kind: Kind) -> Plan:
+    """The same for a weight of so many tiles of rows and units of columns, and codes of a kind."""
+    return _plan(-(-tokens // _TOKENS), tiles, units, processors(device), kind)
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
@@ -162,17 +178,17 @@ def start(
 
 
 @cache
-def _plan(tokens: int, tiles: int, units: int, processors: int, thick: bool) -> Plan:
+def _plan(tokens: int, tiles: int, units: int, processors: int, kind: Kind) -> Plan:
     """The plan for tiles of eight tokens, tiles of rows and units of columns: rules read off searches on Hopper.
 
-    One tile of tokens: many warps, each with little to wait for; what they read of x stays in L1. Two blocks of 16
-    warps with `thick` codes have no room on a processor beside each other, and one of 32 has. More of them: warps of
-    several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
+    One tile of tokens: many warps, each with little to wait for; what they read of x stays in L1. More of them: warps
+    of several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
     """
     if tokens == 1:
-        few = 2 * tiles < 7 * processors
-        row_warps = 2 if thick and processors < tiles <= 2 * processors else 1
-        return Plan(1, 1, row_warps, min(units, 16 if few else 8), 1, 1, 0, late=not few and not thick)
+        thick, (rows, k_warps, depth, late) = _ONE[kind]
+        if 2 * tiles < 7 * processors:
+            return Plan(1, 1, 2 if thick and processors < tiles <= 2 * processors else 1, min(units, 16), 1, 1, 0)
+        return Plan(rows, 1, 1, min(units, k_warps), 1, depth, 0, late)
     short = units <= 64
     if tokens == 2 and not short and tiles <= 2 * processors:
         return Plan(2, 2, 2, min(units // 2, 8), 2, 1, 3)

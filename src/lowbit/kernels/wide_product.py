@@ -28,10 +28,12 @@ _SET = 64
 """Tokens of one tensor core operation."""
 _STAGES = 4
 """Units of codes in shared memory, and of inputs; half as many of inputs for more than two sets of tokens."""
-_MICROSECONDS = (0.5, 0.68, 0.95, 1.24)
+_MICROSECONDS = (0.52, 0.73, 1.0, 1.3)
 """Of a unit of columns, by sets of tokens of a block, on an H100; more sums do not fit in registers."""
 _START = 2
-"""Microseconds of a block beside them."""
+"""Microseconds of a block beside them, and of waiting for others that share columns."""
+_ADDING = 4e-4
+"""Microseconds in which the sums of a block of one token go to memory and back, where many do."""
 _SPLITS, _LEAST = 8, 4
 """Most blocks that share columns, and least units of each."""
 _COUNTERS = 1 << 16
@@ -73,10 +75,10 @@ def plan_for(tokens: int, tiles: int, units: int, processors: int) -> Plan:
     rows = math.ceil(tiles / WARPS)
 
     def cost(how: Plan) -> float:
-        sets = how.tokens // _SET
-        rounds = math.ceil(rows * math.ceil(tokens / how.tokens) * how.splits / processors)
-        adding = how.splits * (0.3 + 0.5 * sets) if how.splits > 1 else 0
-        return rounds * (math.ceil(units / how.splits) * _MICROSECONDS[sets - 1] + _START) + adding
+        blocks = rows * math.ceil(tokens / how.tokens) * how.splits
+        block = math.ceil(units / how.splits) * _MICROSECONDS[how.tokens // _SET - 1] + _START
+        adding = _START + blocks * how.tokens * _ADDING if how.splits > 1 else 0
+        return math.ceil(blocks / processors) * block + adding
 
     sizes = range(1, min(len(_MICROSECONDS), math.ceil(tokens / _SET)) + 1)
     splits = range(1, max(1, min(_SPLITS, units // _LEAST)) + 1)

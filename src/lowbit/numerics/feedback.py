@@ -35,7 +35,7 @@ _KERNEL_TILE = 128
 """Columns that a kernel holds in registers."""
 _PANEL = 128
 """Columns of a stack that are factorized at once: what lies behind them is products of matrices."""
-_WIDE = 8192
+_WIDE = 4096
 """Columns from which a matrix fills a GPU by itself, and is factorized so: by panels it takes more operations."""
 
 
