@@ -1,4 +1,4 @@
-// The instructions that C++ has no name for, one to a function. Everything else in these kernels is plain C++: the tests
+// The instructions that C++ has no name for, one to a function. Everything else in these kernels is plain C++: tests
 // put functions of the same names in this file's place and run the very same sources on a CPU.
 //
 // BFLOAT from the host says which 16-bit format is meant: bf16, else fp16. No header is needed, so that the run-time
@@ -215,9 +215,9 @@ __device__ __forceinline__ float4 peek(const float4* at, int rank) {  // the sam
     return v;
 }
 
-// Everything that earlier kernels wrote is there from here on, and the next kernel may begin. Before it only weights are
-// read: they have been in place since the model was loaded, so they come in while the kernel before this one ends. The
-// order matters: a kernel that knows its neighbour to be done may rely on all that came before.
+// Everything that earlier kernels wrote is there from here on, and the next kernel may begin. Before it only weights
+// are read: they have been in place since the model was loaded, so they come in while the kernel before this one ends.
+// The order matters: a kernel that knows its neighbour to be done may rely on all that came before.
 __device__ __forceinline__ void meet_neighbours() {
     asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 }
@@ -246,7 +246,8 @@ __device__ __forceinline__ void arrive_at(u64* barrier) {
 }
 
 __device__ __forceinline__ void announce(u64* barrier, int bytes) {  // and arrive
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"(shared_place(barrier)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                 :: "r"(shared_place(barrier)), "r"(bytes) : "memory");
 }
 
 // Until the phase of this parity has ended; of the parity 1 there has been one before the first.
@@ -256,9 +257,10 @@ __device__ __forceinline__ void await_phase(u64* barrier, int parity) {
                  :: "r"(shared_place(barrier)), "r"(parity) : "memory");
 }
 
-// A box of a matrix, zeros where it has no numbers. A row's eight vectors of 16 bytes trade places: v goes to v ^ row % 8.
+// A box of a matrix, zeros where it has no numbers. A row's eight vectors of 16 bytes trade places: v with v ^ row % 8.
 __device__ __forceinline__ void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
                  :: "r"(shared_place(to)), "l"(&from), "r"(column), "r"(row), "r"(shared_place(barrier)) : "memory");
 }
 

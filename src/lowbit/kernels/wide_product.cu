@@ -5,10 +5,10 @@
 // together. So shared memory is read half as much as with mma.sync, and the tensor cores work while the next 32 columns
 // are unpacked.
 //
-// One warp only fetches: the copy engine brings inputs in the order that wgmma wants them (TMA). Nothing that other warps
-// write is read by wgmma, so no fence between them is needed. Codes come by way of shared memory too, where lanes that
-// share a row trade words: a lane brings eight neighbours of a row (layout.py), of which wgmma wants two in each of four
-// lanes. `ldmatrix` does exactly that.
+// A thread of its own has inputs brought by the copy engine, in the order that wgmma wants them (TMA). Nothing that
+// other warps write is read by wgmma, so no fence between them is needed. Codes come by way of shared memory too, where
+// lanes that share a row trade words: a lane fetches eight neighbours of a row (layout.py), of which wgmma wants two in
+// each of four lanes. `ldmatrix` does exactly that.
 //
 // Where rows do not fill the processors, SPLITS blocks share columns. Each leaves its sums in memory, and the last one
 // to come adds them up, always in the same order, so the result does not depend on timing.
@@ -24,7 +24,7 @@ constexpr int SETS = TOKENS / 64;  // of tokens that one operation takes
 constexpr bool MANY = SETS > 1;    // so many sums that the warps that do not multiply have to give up their registers
 constexpr int WARPS = 8, THREADS = 32 * (WARPS + (MANY ? 4 : 1));  // the first warp behind the eight fetches inputs
 constexpr int STAGES = 4, HALVES = SETS > 2 ? 4 : 8;  // units of codes in shared memory, halves of units of inputs
-constexpr int HALF = TOKENS * 8;                  // 16-byte vectors of 64 columns of inputs
+constexpr int HALF = TOKENS * 8;                      // 16-byte vectors of 64 columns of inputs
 constexpr int LOW_VECTORS = VECTORS * 32, HIGH_VECTORS = BITS == 3 ? 16 : 0;  // of 16 rows and a unit of columns
 constexpr int SCALE_VECTORS = E2M1 ? GROUPS : GROUPS * 2, ZERO_VECTORS = ZERO ? GROUPS : 0;
 constexpr int UNIT_VECTORS = LOW_VECTORS + HIGH_VECTORS + SCALE_VECTORS + ZERO_VECTORS;
@@ -78,7 +78,7 @@ struct Ring {
     uint4* slots;      // [STAGES][UNIT_VECTORS]
     const uint4* low;  // what this lane fetches of the first unit
     const uint4* third;
-    const char* scale;
+    const char* scale;  // or zero-points
     int lane, shift;
 
     __device__ __forceinline__ Ring(const Weight& weight, uint4* slots, int tile, int lane)
