@@ -34,8 +34,8 @@ _START = 2
 """Microseconds of a block beside them, and of waiting for others that share columns."""
 _ADDING = 4e-4
 """Microseconds in which the sums of a block of one token go to memory and back, where many do."""
-_SPLITS, _LEAST = 8, 4
-"""Most blocks that share columns, and least units of each."""
+_SPLITS, _LEAST = (1, 2, 3, 4, 6, 8), 4
+"""How many blocks may share columns, each a kernel of its own, and least units of each."""
 _COUNTERS = 1 << 16
 """Room for what blocks that share columns count by."""
 
@@ -81,7 +81,7 @@ def plan_for(tokens: int, tiles: int, units: int, processors: int) -> Plan:
         return math.ceil(blocks / processors) * block + adding
 
     sizes = range(1, min(len(_MICROSECONDS), math.ceil(tokens / _SET)) + 1)
-    splits = range(1, max(1, min(_SPLITS, units // _LEAST)) + 1)
+    splits = [each for each in _SPLITS if each == 1 or each * _LEAST <= units]
     return min((Plan(sets * _SET, each) for sets in sizes for each in splits), key=cost)
 
 
