@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lowbit.kernels import codes_product, codes_product_triton, dynamic, weight_only, wide_product
 from lowbit.kernels.codes_product import Operand
+from lowbit.kernels.encoder import encoder
 from lowbit.kernels.layout import COLUMNS, ROWS, prepare
 from lowbit.kernels.speed import FLOATS, LLAMA_8B, copies, dense, quantized, weight_only_row
 from lowbit.kernels.timing import Call, limits, microseconds, turns
@@ -97,7 +98,7 @@ def row(x: Tensor, weight: QTensor, rates: tuple[float, float], searching: bool)
 
 def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> None:
     """One line of the table of `--codes`: 16 bits, the encoding, both kernels, the layer, and the error of its sums."""
-    operand, how = codes_product.operand(weight, number), dynamic.encoder(number, None, None, "cuda")
+    operand, how = codes_product.operand(weight, number), encoder(number, None, None, "cuda")
     codes, scale = dynamic.encode(x, how)
     weights = [replace(operand, codes=operand.codes.clone()) for _ in range(turns(operand.codes.numel()))]
     tiles, units = -(-len(operand.scale) // ROWS), -(-x.shape[1] // COLUMNS)
@@ -113,7 +114,7 @@ def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> No
         dense(x, weight.shape[0]),
         [partial(dynamic.encode, x, how)],
         calls(few(plan)),
-        calls(lambda each: codes_product_triton.product(codes, scale, each, None, x.dtype)),
+        calls(lambda each: codes_product_triton.product(codes, scale, each.codes, each.scale, None, x.dtype)),
         calls(lambda each: codes_product.linear(x, how, each)),
     )
     expected = (codes.double() @ operand.codes.double().T) * scale.double()[:, None] * operand.scale.double()

@@ -17,9 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowbit.kernels import dynamic, transform_cuda
+from lowbit.kernels import transform_cuda
 from lowbit.kernels.compile import processors
 from lowbit.kernels.dynamic_triton import encode_mapped
+from lowbit.kernels.encoder import encoder
 from lowbit.kernels.speed import by_steps
 from lowbit.kernels.timing import Call, limits, microseconds, turns
 from lowbit.kernels.transform_cuda import Plan, plan, shared_bytes
@@ -62,7 +63,7 @@ def other_plans(n1: int, n2: int, sides: int, rule: Plan) -> list[Plan]:
 def row(name: str, map: Map, form: str, count: int, bandwidth: float, searching: bool) -> None:
     """One line of the table, and those of other plans."""
     number, packed = FORMS[form]
-    how = dynamic.encoder(number, map, torch.tensor([0.9, 0.9]), "cuda")
+    how = encoder(number, map, torch.tensor([0.9, 0.9]), "cuda")
     assert how.factors is not None
     sides = (how.factors.left is not None) + (how.factors.right is not None)
     xs = [torch.randn(count, map.width, device="cuda").bfloat16() for _ in range(turns(2 * count * map.width))]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lowbit.kernels import codes_product
 from lowbit.kernels.codes_product import Operand, operand
-from lowbit.kernels.dynamic import encoder
+from lowbit.kernels.encoder import encoder
 from lowbit.modules.linear import QLinear
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.qtensor import QLayer, QTensor, QWeight
@@ -41,7 +41,7 @@ def codes_of(tokens: int, width: int, number: Number) -> tuple[Tensor, Tensor]:
 def multiplied(codes: Tensor, scale: Tensor, weight: Operand, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from lowbit.kernels.codes_product_triton import Tiles, product
 
-    return product(codes, scale, weight, bias, dtype, None if GPU else Tiles(32, 32, 32, 4, 2))
+    return product(codes, scale, weight.codes, weight.scale, bias, dtype, None if GPU else Tiles(32, 32, 32, 4, 2))
 
 
 def close(found: Tensor, codes: Tensor, scale: Tensor, weight: QTensor, bias: Tensor | None, number: Number) -> None:
@@ -79,7 +79,8 @@ def test_programs_that_stay_take_one_tile_after_the_other() -> None:
     spec, number = FORMATS[0]
     weight = quantized(290, 48, spec)
     codes, scale = codes_of(150, 48, number)
-    found = product(codes, scale, operand(weight, number), None, torch.float16, Tiles(128, 128, 32, 4, 2))
+    ready = operand(weight, number)
+    found = product(codes, scale, ready.codes, ready.scale, None, torch.float16, Tiles(128, 128, 32, 4, 2))
     close(found, codes, scale, weight, None, number)
 
 

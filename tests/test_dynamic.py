@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import dynamic
-from lowbit.kernels.dynamic import Encoder, encoder
+from lowbit.kernels.encoder import Encoder, encoder, reference
 from lowbit.numerics.bits import unpack
 from lowbit.numerics.hadamard import hadamard
 from lowbit.numerics.maps import Hadamard, Kronecker, Map, random_orthogonal
@@ -105,7 +105,7 @@ def check(
     assert how.fused
     z = mapped(x, map, x.dtype)
     levels, scales = expected_levels(z, number, clip)
-    for codes, scale in (by(x, how, packed), dynamic.reference(x, how, packed=packed)):
+    for codes, scale in (by(x, how, packed), reference(x, how, packed=packed)):
         found, size = levels_of(codes, number, x.shape[1], packed), scale.double().cpu()
         interpreted = number == E4M3 and DEVICE == "cpu" and by is kernel
         if interpreted:  # it rounds ties up, and halves what rounding up makes a power of two
@@ -188,7 +188,7 @@ def test_what_has_no_operand_is_refused_and_what_is_too_large_is_left_to_torch()
     large = encoder(Int(8), Kronecker(torch.eye(160), None, (160, 2)), None, "cpu")
     assert not large.fused
     x = torch.randn(2, 320).bfloat16()
-    assert torch.equal(dynamic.encode(x, large)[0], dynamic.reference(x, large)[0])
+    assert torch.equal(dynamic.encode(x, large)[0], reference(x, large)[0])
 
 
 @pytest.mark.gpu
@@ -201,7 +201,7 @@ def test_the_gpu_encodes_wide_tokens(number: Number, dtype: torch.dtype) -> None
                        (4096, Hadamard(32, 128))):  # fmt: skip
         for count in (5, 67):
             check(tokens(count, width, dtype), number, map, torch.tensor([0.9, 0.8]))
-            if dynamic.encoder(number, map, None, DEVICE).factors is not None:  # perhaps by another kernel
+            if encoder(number, map, None, DEVICE).factors is not None:  # perhaps by another kernel
                 check(tokens(count, width, dtype), number, map, torch.tensor([0.9, 0.8]), by=chosen)
         if number == Int(4):
             check(tokens(7, width, dtype), number, map, None, packed=True)

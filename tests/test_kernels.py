@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowbit.kernels import codes_product, dynamic, layout, weight_only
 from lowbit.kernels import compile as compiling
+from lowbit.kernels.encoder import encoder
 from lowbit.kernels.layout import Prepared, prepare, refusal, restore
 from lowbit.kernels.weight_only import Plan
 from lowbit.numerics.grid import Grid, fit_range
@@ -408,7 +409,7 @@ def test_the_source_multiplies_codes_by_codes(number: Number, dtype: torch.dtype
             memory[: rows * columns] = weight.codes.view(torch.uint8).flatten()
             operand = codes_product.operand(weight, number)
             codes = memory[: rows * columns].view(rows, columns).view(operand.codes.dtype)
-            x, scale = dynamic.encode(torch.randn(tokens, columns), dynamic.encoder(number, None, None, "cpu"))
+            x, scale = dynamic.encode(torch.randn(tokens, columns), encoder(number, None, None, "cpu"))
             bias = torch.randn(rows).to(dtype)
             found = codes_product.product_of_few(x, scale, replace(operand, codes=codes), bias, dtype, plan)
             close(found, x.double() * scale.double()[:, None], weight, bias)
@@ -471,7 +472,7 @@ def test_codes_times_codes_on_a_gpu(number: Number, dtype: torch.dtype) -> None:
         operand = codes_product.operand(weight, number)
         bias = torch.randn(rows, device=DEVICE).to(dtype)
         for tokens in (1, 3, 8, 9, 16):
-            how = dynamic.encoder(number, None, None, DEVICE)
+            how = encoder(number, None, None, DEVICE)
             codes, scale = dynamic.encode(torch.randn(tokens, columns, device=DEVICE).to(dtype), how)
             x = codes.double() * scale.double()[:, None]
             close(codes_product.product(codes, scale, operand, bias, dtype), x, weight, bias)
@@ -514,7 +515,7 @@ def test_kernels_in_a_row_see_each_others_results(encoded: bool, tokens: int) ->
     weight.grid.scale.mul_(2.0**-3)
     x = torch.randn(tokens, 4096, device=DEVICE).bfloat16()
     if encoded:
-        how = dynamic.encoder(Int(8), None, None, DEVICE)
+        how = encoder(Int(8), None, None, DEVICE)
         linear = partial(codes_product.linear, how=how, weight=codes_product.operand(weight, Int(8)))
     else:
         linear = partial(weight_only.linear, weight=prepare(weight))

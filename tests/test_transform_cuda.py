@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.kernels import compile as compiling
 from lowbit.kernels import dynamic, transform_cuda
-from lowbit.kernels.dynamic import encoder
+from lowbit.kernels.encoder import Encoder, encoder, reference
 from lowbit.kernels.transform_cuda import Plan
 from lowbit.numerics.maps import Hadamard, Kronecker, Map
 from lowbit.numerics.spec import E4M3, Int, Number
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     packed: bool = False
     clipped: bool = True
 
-    def encode(self, x: Tensor, how: dynamic.Encoder, packed: bool) -> tuple[Tensor, Tensor]:
+    def encode(self, x: Tensor, how: Encoder, packed: bool) -> tuple[Tensor, Tensor]:
         """The kernel, of a case that it takes."""
         assert transform_cuda.shape_refusal(x, how, packed) is None
         return transform_cuda.encode(x, how, packed, self.plan)
@@ -97,7 +97,7 @@ def emulated(kernels: Compile, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(transform_cuda, "compiled", kernels)
     monkeypatch.setattr(transform_cuda, "processors", lambda _device: 1)
-    monkeypatch.setattr(dynamic.torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty", empty)
 
 
 @needs_gcc
@@ -129,7 +129,7 @@ def test_a_map_without_rounding_gives_the_very_codes_of_the_definition(name: str
     x[0, 5] = 1024
     x[1] *= 2.0**100
     x[4] *= 2.0**-110
-    expected = dynamic.reference(x, how, packed=case.packed)
+    expected = reference(x, how, packed=case.packed)
     for found, wanted in zip(case.encode(x, how, case.packed), expected, strict=True):
         assert torch.equal(found.view(torch.uint8), wanted.contiguous().view(torch.uint8))
 

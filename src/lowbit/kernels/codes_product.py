@@ -26,8 +26,9 @@ from ..numerics.qtensor import QTensor
 from ..numerics.spec import E4M3, Int, Number
 from . import weight_only
 from .compile import available
-from .dynamic import Encoder, encode
-from .dynamic import reference as encode_reference
+from .dynamic import encode
+from .encoder import Encoder
+from .encoder import reference as encode_reference
 from .layout import COLUMNS, ROWS, settle
 from .weight_only import Plan
 
@@ -105,7 +106,7 @@ def product(codes: Tensor, scale: Tensor, weight: Operand, bias: Tensor | None, 
         return product_of_few(codes, scale, weight, bias, dtype, how)
     from .codes_product_triton import product as fused
 
-    return fused(codes, scale, weight, bias, dtype)
+    return fused(codes, scale, weight.codes, weight.scale, bias, dtype)
 
 
 def product_of_few(

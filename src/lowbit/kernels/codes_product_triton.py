@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .codes_product import Operand
 from .compile import processors
 
 
@@ -66,17 +65,18 @@ def _product(
 
 
 def product(
-    codes: Tensor, scale: Tensor, weight: Operand, bias: Tensor | None, dtype: torch.dtype, tiles: Tiles | None = None
-) -> Tensor:
-    """See `codes_product.product`."""
-    (tokens, inputs), outputs = codes.shape, len(weight.scale)
+    codes: Tensor, scale: Tensor, weight: Tensor, by_row: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """See `codes_product.product`; a weight of codes [N, K] has scales [N]."""
+    (tokens, inputs), outputs = codes.shape, len(weight)
     y = torch.empty(tokens, outputs, device=codes.device, dtype=dtype)
     how = tiles or plan(tokens)
     count = triton.cdiv(tokens, how.m) * triton.cdiv(outputs, how.n)
     programs = min(count, processors(codes.device)) if how.m * how.n >= _LARGE else count
     _product[(programs,)](
-        TensorDescriptor.from_tensor(codes, [how.m, how.k]), TensorDescriptor.from_tensor(weight.codes, [how.n, how.k]),
-        scale, weight.scale, scale if bias is None else bias, y, tokens, outputs, inputs,
+        TensorDescriptor.from_tensor(codes, [how.m, how.k]), TensorDescriptor.from_tensor(weight, [how.n, how.k]),
+        scale, by_row, scale if bias is None else bias, y, tokens, outputs, inputs,
         BIAS=bias is not None, BM=how.m, BN=how.n, BK=how.k, BAND=_BAND, PROGRAMS=programs, APART=how.apart,
         SUMS=tl.int32 if codes.dtype == torch.int8 else tl.float32, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip

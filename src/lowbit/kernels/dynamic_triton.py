@@ -1,4 +1,4 @@
-"""Triton kernels of `dynamic.py`, whose `reference` is their definition.
+"""Triton kernels of `dynamic.py`; `encoder.reference` is their definition.
 
 What bounds these kernels is instructions, not memory, so a value gets as few as will do. Tokens are moved to the
 neighbourhood of 1 by a power of two, which is exact and keeps what follows clear of overflow and of subnormal numbers.
@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..numerics.spec import Int
 from .compile import available, processors
-from .dynamic import Encoder, outputs, padded, reach
+from .encoder import Encoder, outputs, padded, reach
 
 _ROUND = tl.constexpr(12582912.0)
 """1.5 · 2^23: the lowest bits of its sum with y are y's nearest integer, ties to even, in two's complement."""

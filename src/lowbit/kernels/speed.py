@@ -24,6 +24,7 @@ from ..numerics.qtensor import QTensor
 from ..numerics.spec import E2M1, E4M3, Int, Number, Spec, mx, nvfp4, per_channel, per_group
 from . import codes_product, dynamic, weight_only
 from .compile import available
+from .encoder import Encoder, encoder
 from .layout import Prepared, prepare
 from .speed_table import Row, Speed
 from .timing import Call, limits, microseconds, turns
@@ -166,7 +167,7 @@ def codes_rows(
 def codes_row(x: Tensor, weight: codes_product.Operand, number: Number, rates: tuple[float, float]) -> Row:
     """One of them."""
     (count, inputs), outputs = x.shape, len(weight.scale)
-    how = dynamic.encoder(number, None, None, x.device)
+    how = encoder(number, None, None, x.device)
     again = [replace(weight, codes=weight.codes.clone()) for _ in range(turns(weight.codes.numel()))]
     codes, scale = dynamic.encode(x, how)
     calls: list[Call] = [partial(codes_product.linear, x, how, each) for each in again]
@@ -218,7 +219,7 @@ def encoding_rows(
             xs = [torch.randn(count, width, device="cuda").bfloat16() for _ in range(turns(2 * count * width))]
             for name, map in maps.items():
                 for form, number, packed in (("int8", Int(8), False), ("int4", Int(4), True), ("fp8", E4M3, False)):
-                    how = dynamic.encoder(number, map, clip, "cuda")
+                    how = encoder(number, map, clip, "cuda")
                     calls: list[Call] = [partial(dynamic.encode, x, how, packed=packed) for x in xs]
                     plain, ours = microseconds([partial(by_steps, x, how) for x in xs], calls, repeats=9)
                     bytes_out = width * count * (1 if not packed else 0.5)
@@ -226,7 +227,7 @@ def encoding_rows(
                     yield Row(f"{name or f'{width} '}to {form}", count, limit, plain, None, ours)
 
 
-def by_steps(x: Tensor, how: dynamic.Encoder) -> tuple[Tensor, Tensor]:
+def by_steps(x: Tensor, how: Encoder) -> tuple[Tensor, Tensor]:
     """What a model written in torch does: factors in the inputs' dtype, every step through memory, a code to a byte."""
     if how.factors is not None:
         n1, n2 = how.factors.sizes

@@ -1,5 +1,5 @@
-// Tokens to codes behind a map X -> gain · leftᵀ X right, of inputs in bf16: see `dynamic.py`, whose `reference` is
-// what is meant, and `dynamic_triton.py`, which does the same for all other shapes.
+// Tokens to codes behind a map X -> gain · leftᵀ X right, of inputs in bf16: see `reference` in
+// `encoder.py` for what is meant, and `dynamic_triton.py`, which does the same for all other shapes.
 //
 // Everything is computed transposed, so that what one product finds is operand A of the next without leaving its
 // registers: Yᵀ = rightᵀ Xᵀ has the sums of two neighbouring rows of X in one lane, which is where Zᵀ = Yᵀ left wants

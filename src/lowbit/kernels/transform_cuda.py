@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..numerics.spec import Int
 from .compile import Constants, available, compiled, processors
-from .dynamic import Encoder, Factors, outputs, padded, reach
+from .encoder import Encoder, Factors, outputs, padded, reach
 from .weight_only import aligned
 
 _VECTOR = 16

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..kernels import codes_product, dynamic, layout, weight_only
+from ..kernels import codes_product, encoder, layout, weight_only
 from ..kernels.compile import available
 from ..modules.linear import QLinear, install
 from ..numerics.qtensor import QAttention, QLayer
@@ -118,7 +118,7 @@ class CodesLinear(FastLinear):
     def __init__(self, layer: QLayer, bias: Tensor | None, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(layer, bias, dtype, device)
         assert layer.activation is not None
-        self.encoder = dynamic.encoder(layer.activation.number, layer.input_map, layer.input_clip, device)
+        self.encoder = encoder.encoder(layer.activation.number, layer.input_map, layer.input_clip, device)
         self.codes = codes_product.operand(layer.weight.parts[0].to(device), layer.activation.number)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class CodesLinear(FastLinear):
         return (self.codes.codes.float() * self.codes.scale[:, None]).to(self.dtype)
 
 
-def multiplied(x: Tensor, how: dynamic.Encoder, codes: codes_product.Operand, bias: Tensor | None) -> Tensor:
+def multiplied(x: Tensor, how: encoder.Encoder, codes: codes_product.Operand, bias: Tensor | None) -> Tensor:
     """`codes_product.linear`, which has no gradients. Raises ValueError where one is asked for."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("codes have no gradients: load the model with fast=False to differentiate through it")
@@ -167,7 +167,7 @@ def refusal(layer: QLayer, dtype: torch.dtype, device: torch.device | str) -> st
     if layer.weight.shape[1] % codes_product.MULTIPLE:
         return f"its inputs are no multiple of {codes_product.MULTIPLE}"
     number = layer.activation.number
-    return dynamic.refusal(number) or codes_product.refusal(layer.weight.parts[0], number)
+    return encoder.refusal(number) or codes_product.refusal(layer.weight.parts[0], number)
 
 
 def install_fast(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import codes_product, layout, weight_only
-from ..kernels.dynamic import Encoder
+from ..kernels.encoder import Encoder
 from ..kernels.layout import ROWS
 from .fast import CodesLinear, FastLinear, Merged, WeightOnlyLinear, multiplied
 
