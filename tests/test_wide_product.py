@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import DEVICE, DTYPES, FORMATS, GPU, Emulated, close, needs_gcc, quantized, times_scales
+from test_kernels import DEVICE, DTYPES, FORMATS, GPU, Emulated, close, needs_gcc, quantized, times_scales, unwritten
+from test_kernels import folder as folder
 from test_kernels import poisoned as poisoned
 from torch import Tensor
 
@@ -17,10 +19,17 @@ from lowbit.kernels.layout import prepare
 from lowbit.kernels.tensor_map import TensorMap
 from lowbit.kernels.wide_product import Plan
 from lowbit.numerics.qtensor import QTensor
-from lowbit.numerics.spec import E2M1, Int, Spec, per_group
+from lowbit.numerics.spec import E2M1, Int, Spec, mx, per_group
 
 FOLDED = [spec for spec in FORMATS if spec.number == E2M1 or spec.scale == "half"]
-PLANS = [Plan(64, 1), Plan(64, 2), Plan(128, 3), Plan(192, 2), Plan(256, 1)]
+CASES = [
+    (Plan(64, 1), 700, per_group(Int(4), -1)),
+    (Plan(64, 2), 768, per_group(Int(4, "asymmetric"), 256)),
+    (Plan(128, 3), 480, mx(E2M1)),
+    (Plan(192, 2), 640, per_group(Int(3), 128)),
+    (Plan(256, 1), 704, per_group(Int(8, "asymmetric"), 64)),
+]
+PLANS = [plan for plan, *_ in CASES]
 
 
 def plain_map(x: Tensor, rows: int) -> TensorMap:
@@ -32,14 +41,13 @@ def plain_map(x: Tensor, rows: int) -> TensorMap:
 
 
 @pytest.fixture
-def emulated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path_factory.getbasetemp()
-
+def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(name: str, constants: compiling.Constants, _device: object, shared: int = 0) -> Emulated:
         return Emulated(folder, name, constants, shared)
 
     monkeypatch.setattr(wide_product, "compiled", compiled)
     monkeypatch.setattr(wide_product, "tensor_map", plain_map)
+    monkeypatch.setattr(wide_product.torch, "empty", unwritten)
 
 
 def check(weight: QTensor, tokens: int, dtype: torch.dtype, plan: Plan | None, bias: bool = False) -> None:
@@ -71,18 +79,34 @@ def test_scales_that_do_not_fit_and_odd_outputs_are_refused() -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("plan", PLANS, ids=str)
-def test_the_source_multiplies(plan: Plan) -> None:
+@pytest.mark.parametrize(("plan", "columns", "spec"), CASES, ids=str)
+def test_the_source_multiplies(plan: Plan, columns: int, spec: Spec) -> None:
     """Odd numbers of rows, columns and tokens; blocks with one unit of columns, and with more than there are stages."""
-    check(quantized(136, 700, per_group(Int(4), -1)), 70, torch.bfloat16, plan, bias=True)
+    check(quantized(136, columns, spec), 70, torch.bfloat16, plan, bias=True)
 
 
 @needs_gcc
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", FOLDED, ids=str)
+def test_sums_do_not_depend_on_which_block_comes_last() -> None:
+    """The first and the last third of the columns cancel, so that another order would leave other sums.
+
+    Every product finds the counters as the one before left them.
+    """
+    weight = quantized(136, 384, per_group(Int(4), 128))
+    weight.codes[:, 256:], weight.grid.scale[:, 2] = weight.codes[:, :128], weight.grid.scale[:, 0]
+    x = torch.randn(9, 384).bfloat16()
+    x[:, :128] *= 2**16
+    x[:, 256:] = -x[:, :128]
+    found, *others = (wide_product.product(x, prepare(weight), None, Plan(64, 3)) for _ in range(4))
+    assert all(torch.equal(found, other) for other in others)
+    close(found, x, times_scales(weight, x.dtype))
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("spec", "dtype"), list(zip(FOLDED, itertools.cycle(DTYPES))), ids=str)
 def test_the_source_multiplies_every_format(spec: Spec, dtype: torch.dtype) -> None:
-    check(quantized(24, 384, spec), 9, dtype, Plan(64, 1))
+    check(quantized(48, 384, spec), 9, dtype, Plan(64, 1), bias=True)
 
 
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU that the kernels know")
