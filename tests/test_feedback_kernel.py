@@ -43,8 +43,9 @@ def swept(weight: Tensor, factor: Tensor, grid: Grid, kernel: bool) -> tuple[Ten
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rule", ["symmetric", "asymmetric", "symmetric-restricted"])
-@pytest.mark.parametrize("group", [16, -1])
+@pytest.mark.parametrize(
+    ("rule", "group"), [("symmetric", 16), ("asymmetric", 16), ("asymmetric", -1), ("symmetric-restricted", -1)]
+)
 def test_a_tile_rounds_as_its_columns_do(shape: tuple[int, int], rule: str, group: int) -> None:
     weight, factor = case(*shape)
     grid = fit_range(weight, Spec(Int(3, rule), (1, group), "float32"))  # type: ignore[arg-type]
