@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from attention_oracle import by_formula
 from test_cache_attention import FORMATS, Cache
-from test_kernels import Emulated, headers, needs_gcc
+from test_kernels import compiled_ahead, needs_gcc
 from torch import Tensor
 
 from lowbit.kernels import cache_attention_cuda
-from lowbit.kernels import compile as compiling
 from lowbit.kernels.cache_attention_cuda import Plan
 
 pytestmark = needs_gcc
@@ -64,23 +62,14 @@ CASES = [
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compile]:
     """Emulated kernels, of which two are compiled at a time from the beginning: that is what takes longest."""
-    folder, wanted = tmp_path_factory.mktemp("kernels"), {}
 
-    def note(name: str, constants: compiling.Constants, _device: object, shared: int = 0) -> Compile:
-        wanted[name, constants, shared] = None
-        return lambda *_arguments: None
-
-    headers(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_attention_cuda, "compiled", note)
-        patch.setattr(cache_attention_cuda, "processors", lambda _device: 1)
+    def ask() -> None:
         for case in CASES:
             mask = torch.ones(1, 1, 1, 8, dtype=torch.bool) if case.masked else None
             found(case, case.query(1), *case.tokens(1, 1), mask)
-    with ThreadPoolExecutor(2) as pool:
-        begun = {key: pool.submit(Emulated, folder, *key) for key in wanted}
-        yield lambda name, constants, _device, shared=0: begun[name, constants, shared].result()
-        pool.shutdown(cancel_futures=True)
+
+    with compiled_ahead(tmp_path_factory.mktemp("kernels"), cache_attention_cuda, ask) as ready:
+        yield ready
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,13 @@ import mmap
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import get_args
 
 import pytest
@@ -331,6 +334,26 @@ class Emulated:
         size = ctypes.c_size_t(self._shared)
         self._launch(places, (ctypes.c_uint * 2)(*grid), threads, self._cluster, size)
         fenced.give_back()
+
+
+@contextmanager
+def compiled_ahead(folder: Path, host: ModuleType, ask: Callable[[], None]) -> Iterator[Callable[..., Emulated]]:
+    """What `compiled` of a host is to be, where two of the kernels that `ask` asks for are compiled at a time."""
+    wanted: dict[tuple[str, compiling.Constants, int], None] = {}
+
+    def note(name: str, constants: compiling.Constants, _device: object, shared: int = 0) -> Callable[..., None]:
+        wanted[name, constants, shared] = None
+        return lambda *_arguments: None
+
+    headers(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "compiled", note)
+        patch.setattr(host, "processors", lambda _device: 1)
+        ask()
+    with ThreadPoolExecutor(2) as pool:
+        begun = {key: pool.submit(Emulated, folder, *key) for key in wanted}
+        yield lambda name, constants, _device, shared=0: begun[name, constants, shared].result()
+        pool.shutdown(cancel_futures=True)
 
 
 def unwritten(*shape: int, **options: object) -> Tensor:

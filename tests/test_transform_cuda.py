@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from test_dynamic import DEVICE, check, mixing, tokens
-from test_kernels import GPU, Emulated, headers, needs_gcc
+from test_kernels import GPU, compiled_ahead, needs_gcc
 from torch import Tensor
 
-from lowbit.kernels import compile as compiling
 from lowbit.kernels import dynamic, transform_cuda
 from lowbit.kernels.encoder import Encoder, encoder, reference
 from lowbit.kernels.transform_cuda import Plan
@@ -64,25 +62,15 @@ CASES = {
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compile]:
     """Emulated kernels, of which two are compiled at a time from the beginning."""
-    folder = tmp_path_factory.mktemp("kernels")
-    wanted: dict[tuple[str, compiling.Constants, int], None] = {}
 
-    def note(name: str, constants: compiling.Constants, _device: object, shared: int = 0) -> Compile:
-        wanted[name, constants, shared] = None
-        return lambda *_arguments: None
-
-    headers(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transform_cuda, "compiled", note)
-        patch.setattr(transform_cuda, "processors", lambda _device: 1)
+    def ask() -> None:
         for case in CASES.values():
             clip = torch.ones(2) if case.clipped else None
             x = torch.zeros(1, case.map.width).bfloat16()
             case.encode(x, encoder(case.number, case.map, clip, "cpu"), case.packed)
-    with ThreadPoolExecutor(2) as pool:
-        begun = {key: pool.submit(Emulated, folder, *key) for key in wanted}
-        yield lambda name, constants, _device, shared=0: begun[name, constants, shared].result()
-        pool.shutdown(cancel_futures=True)
+
+    with compiled_ahead(tmp_path_factory.mktemp("kernels"), transform_cuda, ask) as ready:
+        yield ready
 
 
 @pytest.fixture

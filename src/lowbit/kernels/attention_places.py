@@ -1,17 +1,8 @@
-"""Where the kernels of attention find what belongs to a head: the parts of it that are done, and its scales."""
+"""Where the kernels of attention find the scales of a head."""
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 from torch import Tensor
-
-
-@cache
-def arrived(device: torch.device, count: int) -> Tensor:
-    """How many splits of a head are done: zeros, between two calls of one stream. Made before anything is recorded."""
-    return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def strides(scale: Tensor) -> tuple[int, ...]:

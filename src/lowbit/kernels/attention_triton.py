@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_places import arrived
+from .compile import arrived
 
 PROGRAMS = 264
 """Programs to keep a GPU busy: two for each processor."""

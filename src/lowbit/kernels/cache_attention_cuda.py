@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_places import arrived, strides
-from .compile import Constants, available, compiled, processors
+from .attention_places import strides
+from .compile import Constants, arrived, available, compiled, processors
 from .weight_only import aligned
 
 HEADS = 16

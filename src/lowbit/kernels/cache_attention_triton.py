@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_places import arrived, strides
+from .attention_places import strides
 from .attention_triton import combine
 from .cache_codes_triton import bytes_of, plane, ring, unpack
+from .compile import arrived
 
 
 class Plan(NamedTuple):

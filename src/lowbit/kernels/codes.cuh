@@ -14,6 +14,8 @@
 // formats hold it and no weight is rounded here either; groups of 16, half a step of the tensor cores, then need no
 // sums of their own.
 
+__device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_float((u32)bits << 16) : floats(bits).x; }
+
 #if !BYTES
 constexpr int BLOCKS = 4;                  // of 32 columns in a unit: what 16 bytes of inputs to a lane are
 constexpr int LOW = BITS == 3 ? 2 : BITS;  // 3 bits are two planes, of two bits and of one

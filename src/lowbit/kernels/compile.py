@@ -132,3 +132,9 @@ def available(device: int) -> bool:
 def processors(device: torch.device) -> int:
     """How many processors a GPU has; two where kernels are interpreted."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def arrived(device: torch.device, count: int) -> Tensor:
+    """How many blocks that share a sum are done: zeros, between two calls of one stream. Made before a recording."""
+    return torch.zeros(count, dtype=torch.int32, device=device)

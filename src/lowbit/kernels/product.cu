@@ -13,8 +13,6 @@
 
 constexpr int FRAGMENTS = ROWS * TOKENS;
 
-__device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_float((u32)bits << 16) : floats(bits).x; }
-
 // Inputs of a lane: 16 bytes of one token of each tile of eight. Tokens and columns that do not exist are zeros.
 struct Inputs {
     const uint4* x;

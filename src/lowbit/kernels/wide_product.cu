@@ -245,8 +245,6 @@ __device__ __forceinline__ void leave(float* to, const Sums& sums, int warp, int
     }
 }
 
-__device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_float((u32)bits << 16) : floats(bits).x; }
-
 // Eight neighbours of a token at a time.
 __device__ __forceinline__ void write(
     u16* y, const float* sums, const float* by_row, const u16* bias, int row, int token, int tokens, int outputs) {

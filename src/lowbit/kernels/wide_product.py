@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_places import arrived
-from .compile import Argument, Constants, compiled, processors
+from .compile import Argument, Constants, arrived, compiled, processors
 from .layout import Prepared
 from .tensor_map import tensor_map
 

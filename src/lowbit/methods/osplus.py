@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..graph.anatomy import Norm
-from ..numerics.grid import fit_range
+from .awq import rounded
 from .views import EdgeView, Fold, Need
 
 
@@ -71,8 +71,5 @@ class OSPlus:
 
     def _loss(self, view: EdgeView, scale: Tensor, shift: Tensor | None) -> float:
         spread = view.to_readers(scale)
-        rounded = [
-            weight if spec is None else fit_range(weight * spread, spec).quantize(weight * spread) / spread
-            for weight, spec in zip(view.weights, view.specs, strict=True)
-        ]
-        return view.error(rounded, spread, None if shift is None else view.to_readers(shift))
+        weights = rounded(view.weights, view.specs, spread)
+        return view.error(weights, spread, None if shift is None else view.to_readers(shift))
