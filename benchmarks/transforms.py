@@ -1,6 +1,6 @@
 """Inputs to codes behind a map: microseconds of the CUDA C++, of Triton and of the steps in torch, in one run.
 
-    python benchmarks/transforms.py [--tokens 1 16 2048] [--forms int8 int4 fp8] [--search]
+    python benchmarks/transforms.py [--tokens 1 16 2048] [--forms int8 int4 fp8] [--maps 112×128] [--search]
 
 Inputs are in bf16. The limit is the bytes of inputs and codes over a copy's bandwidth; *differ* is the share of codes
 in which both kernels disagree, and should be about what a last bit of the map decides: a percent of int8, less of int4.
@@ -49,15 +49,16 @@ def maps() -> dict[str, Map]:
 
 
 def other_plans(n1: int, n2: int, sides: int, rule: Plan) -> list[Plan]:
-    """Fewer tokens at once, the same in two blocks, and twice as many warps to a token."""
-    few = max(1, 3 * rule.groups // 4)
-    tries = [Plan(rule.groups - 1), Plan(rule.groups // 2, resident=2), Plan(rule.groups, tiles=1), Plan(few, tiles=1)]
+    """More tokens at once and fewer, and twice as many warps to a token."""
+    tries = [rule._replace(groups=rule.groups + more) for more in (-2, -1, 1, 2)]
+    tries += [Plan(groups, tiles=1) for groups in (rule.groups, rule.groups // 2)]
 
     def fits(one: Plan) -> bool:
-        room = shared_bytes(n1, n2, True, sides == 2, one.groups)
-        return 1 <= one.groups <= 1024 // one.threads(n2) and one.resident * room <= 227 * 1024
+        room = shared_bytes(n1, n2, True, sides == 2, one)
+        most = 65536 // (n1 // 4 * (2 + sides) + 40) // one.threads(n2)  # fewer registers are no plan at all
+        return 1 <= one.groups <= min(most, 1024 // one.threads(n2)) and room <= 227 * 1024
 
-    return [one for one in dict.fromkeys([Plan(1), *tries]) if fits(one) and one != rule]
+    return [one for one in dict.fromkeys(tries) if fits(one) and one != rule]
 
 
 def row(name: str, map: Map, form: str, count: int, bandwidth: float, searching: bool) -> None:
@@ -101,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS])
+    parser.add_argument("--maps", nargs="+", default=[""], help="parts of names")
     parser.add_argument("--search", action="store_true", help="try other plans")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -109,6 +111,8 @@ def main() -> None:
     print("| | M | limit | steps in torch | Triton | CUDA C++ | times steps | times Triton | differ |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, map in maps().items():
+        if not any(part in name for part in arguments.maps):
+            continue
         for form in arguments.forms:
             for count in arguments.tokens:
                 row(name, map, form, count, bandwidth, arguments.search)

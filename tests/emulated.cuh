@@ -176,10 +176,21 @@ inline void show_barriers() {}
 inline void begin_products() {}
 template <int YOUNGER>
 inline void await_products() { finish_products(YOUNGER); }
-inline void pin(uint4&) {}
+template <class Registers>
+inline void pin(Registers&) {}
 template <int>
 inline void keep_registers() {}
 template <int>
 inline void take_registers() {}
 inline u64 operand(const uint4* tile) { return reinterpret_cast<u64>(tile) / 16; }
-inline void multiply_tile(float (&sums)[32], const u32 (&a)[4], u64 tile) { begin_tile(sums, a, tile, value_of); }
+inline void show_writes() {}
+template <int COUNT>
+inline void await_sums(float (&)[COUNT]) { finish_products(0); }
+template <int COUNT>
+inline void multiply_tile(float (&sums)[COUNT], const u32 (&a)[4], u64 tile, bool add) {
+    begin_tile(sums, COUNT, a, 0, tile, add, value_of);
+}
+template <int COUNT>
+inline void multiply_tiles(float (&sums)[COUNT], u64 across, u64 tile, bool add) {
+    begin_tile(sums, COUNT, nullptr, across, tile, add, value_of);
+}

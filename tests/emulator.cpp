@@ -155,24 +155,32 @@ void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at) 
     else barrier.copies.push_back(bring);
 }
 
-// A product happens when it is waited for, with what shared memory holds then.
-void begin_tile(float (&sums)[32], const u32 (&a)[4], u64 tile, float (*value)(u32)) {
+// A number of a tile 64 columns wide, whose vectors trade places by their address.
+static u16 number_of(u64 tile, int row, int column) {
+    const u16* numbers = reinterpret_cast<const u16*>(tile / 64 * 1024);
+    return numbers[row * 64 + ((tile % 8 + column / 8) ^ row % 8) * 8 + column % 8];
+}
+
+// A product happens when it is waited for, with what shared memory holds then. A is in registers, or lies across.
+void begin_tile(float* sums, int count, const u32* a, u64 across, u64 tile, bool add, float (*value)(u32)) {
     Exchange& seen = exchange();
-    const int lane = threadIdx.x % 32;
-    std::memcpy(seen.a[lane], a, sizeof a);
-    meet_lanes();
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     std::vector<float> rows;  // two of A: lane / 4 and eight more
-    for (int half = 0; half < 2; half++)
-        for (int k = 0; k < 16; k++)
-            rows.push_back(value(seen.a[lane / 4 * 4 + k % 8 / 2][k / 8 * 2 + half] >> k % 2 * 16 & 0xffff));
-    meet_lanes();
-    fibre_here().products.push_back([&sums, rows, tile, lane, value] {
-        const u16* numbers = reinterpret_cast<const u16*>(tile / 64 * 1024);
-        for (int i = 0; i < 32; i++) {
-            const int token = i / 4 * 8 + lane % 4 * 2 + i % 2, half = i / 2 % 2;
+    if (a) {
+        std::memcpy(seen.a[lane], a, sizeof seen.a[lane]);
+        meet_lanes();
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 16; k++)
+                rows.push_back(value(seen.a[lane / 4 * 4 + k % 8 / 2][k / 8 * 2 + half] >> k % 2 * 16 & 0xffff));
+        meet_lanes();
+    }
+    fibre_here().products.push_back([=, rows = std::move(rows)] {
+        for (int i = 0; i < count; i++) {
+            const int column = i / 4 * 8 + lane % 4 * 2 + i % 2, half = i / 2 % 2;
+            if (!add) sums[i] = 0;
             for (int k = 0; k < 16; k++) {
-                const int vector = (tile % 8 + k / 8) ^ token % 8;
-                sums[i] += rows[half * 16 + k] * value(numbers[token * 64 + vector * 8 + k % 8]);
+                const float left = a ? rows[half * 16 + k] : value(number_of(across, k, row + half * 8));
+                sums[i] += left * value(number_of(tile, column, k));
             }
         }
     });

@@ -110,8 +110,18 @@ def source(name: str, constants: Constants) -> str:
     """The whole text of a kernel: constants, what it shares with others, and NAME.cu."""
     folder = Path(__file__).parent
     parts = [f"#define {key} {value}" for key, value in constants]
+    parts += _listed(dict(constants).get("SUMS", 0))
     parts += [(folder / part).read_text("utf8") for part in (*PRELUDE[name], f"{name}.cu")]
     return "\n".join(parts)
+
+
+def _listed(sums: int) -> list[str]:
+    """What wgmma is told one by one: so many sums of a lane, and the operands behind them."""
+    names = ",".join(f"%{i}" for i in range(sums))
+    registers = ",".join(f'"+f"(s[{i}])' for i in range(sums))
+    lists = {"SUM_COLUMNS": f'"{2 * sums}"', "SUM_NAMES": f'"{names}"', "SUM_REGISTERS": registers}
+    behind = {f"BEHIND_{i}": f'"%{sums + i}"' for i in range(6)}
+    return [f"#define {key} {value}" for key, value in (lists | behind).items()] if sums else []
 
 
 @cache

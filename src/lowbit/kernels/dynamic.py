@@ -25,7 +25,7 @@ def encode(x: Tensor, how: Encoder, *, packed: bool = False) -> tuple[Tensor, Te
     one in the lower half.
     """
     fits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.numel()
-    if fits and transform_cuda.refusal(x, how, packed) is None:
+    if fits and transform_cuda.refusal(x, how) is None:
         return transform_cuda.encode(x, how, packed)
     odd = x.shape[1] if how.factors is None else how.factors.sizes[1]
     if not fits or not _has_triton() or (packed and odd % 2):

@@ -283,6 +283,7 @@ __device__ __forceinline__ void await_products() {
 __device__ __forceinline__ void pin(uint4& v) {
     asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) :: "memory");
 }
+__device__ __forceinline__ void pin(u32& v) { asm volatile("" : "+r"(v) :: "memory"); }
 
 // A tile that `bring_tile` brought, 64 columns wide, as wgmma is told of it; vectors of 16 bytes may be added.
 __device__ __forceinline__ u64 operand(const uint4* tile) {
@@ -290,20 +291,33 @@ __device__ __forceinline__ u64 operand(const uint4* tile) {
     return swizzled | eight_rows | unused | (shared_place(tile) & 0x3ffff) >> 4;
 }
 
-// sums += A B of wgmma.m64n64k16: a warp's 16 rows as in `multiply`, times 64 rows of a tile, of which two vectors are
-// taken. Sums of eight columns of the result are four neighbours.
-__device__ __forceinline__ void multiply_tile(float (&s)[32], const u32 (&a)[4], u64 tile) {
+// What generic code wrote to shared memory, to those that read it by themselves.
+__device__ __forceinline__ void show_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#ifdef SUMS
 #if BFLOAT
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+#define MULTIPLY_TILE "wgmma.mma_async.sync.aligned.m64n" SUM_COLUMNS "k16.f32.bf16.bf16 {" SUM_NAMES "}, "
 #else
-    asm volatile("{.reg .pred add; setp.ne.b32 add, %37, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+#define MULTIPLY_TILE "wgmma.mma_async.sync.aligned.m64n" SUM_COLUMNS "k16.f32.f16.f16 {" SUM_NAMES "}, "
 #endif
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"
-                 "%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, add, 1, 1, 0;}"
-                 : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3]), "+f"(s[4]), "+f"(s[5]), "+f"(s[6]), "+f"(s[7]),
-                   "+f"(s[8]), "+f"(s[9]), "+f"(s[10]), "+f"(s[11]), "+f"(s[12]), "+f"(s[13]), "+f"(s[14]),
-                   "+f"(s[15]), "+f"(s[16]), "+f"(s[17]), "+f"(s[18]), "+f"(s[19]), "+f"(s[20]), "+f"(s[21]),
-                   "+f"(s[22]), "+f"(s[23]), "+f"(s[24]), "+f"(s[25]), "+f"(s[26]), "+f"(s[27]), "+f"(s[28]),
-                   "+f"(s[29]), "+f"(s[30]), "+f"(s[31])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"(1));
+
+// sums (+)= A B of wgmma.m64nNk16, N twice as many as a lane has sums: a warp's 16 rows as in `multiply`, times N rows
+// of a tile, of which two vectors are taken. Sums of eight columns of the result are four neighbours.
+__device__ __forceinline__ void multiply_tile(float (&s)[SUMS], const u32 (&a)[4], u64 tile, bool add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, " BEHIND_5 ", 0;\n" MULTIPLY_TILE
+                 "{" BEHIND_0 "," BEHIND_1 "," BEHIND_2 "," BEHIND_3 "}, " BEHIND_4 ", add, 1, 1, 0;}"
+                 : SUM_REGISTERS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"((int)add));
 }
+
+// The same where A's 64 rows are the columns of a tile, of which 16 rows are taken.
+__device__ __forceinline__ void multiply_tiles(float (&s)[SUMS], u64 across, u64 tile, bool add) {
+    asm volatile("{.reg .pred add; setp.ne.b32 add, " BEHIND_2 ", 0;\n" MULTIPLY_TILE
+                 BEHIND_0 ", " BEHIND_1 ", add, 1, 1, 1, 0;}"
+                 : SUM_REGISTERS : "l"(across), "l"(tile), "r"((int)add));
+}
+
+// Until these are sums: the compiler takes them for such as soon as a product has begun.
+__device__ __forceinline__ void await_sums(float (&s)[SUMS]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : SUM_REGISTERS :: "memory");
+}
+#endif

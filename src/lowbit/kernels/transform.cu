@@ -3,55 +3,74 @@
 //
 // Everything is computed transposed, so that what one product finds is operand A of the next without leaving its
 // registers: Yᵀ = rightᵀ Xᵀ has the sums of two neighbouring rows of X in one lane, which is where Zᵀ = Yᵀ left wants
-// them. A warp holds 16 columns of the result, or 32 as two tiles: then every operand B that it reads feeds both, and
-// reading shared memory would bound it otherwise. Operands lie there row by row, an odd number of 16-byte vectors
-// apart, so that ldmatrix meets no bank twice. The columns of A are mixed such that a lane ends up with neighbours of
-// the result, two of each tile, and writes their codes at once.
+// them. wgmma reads all other operands out of shared memory by itself, which lets the tensor cores work at their full
+// rate, twice that of mma.sync with ldmatrix, and costs no warp any instructions. Operand A of the first product comes
+// across: its rows are columns in memory. They are mixed such that a lane ends up with neighbours of the result, two of
+// each tile, and writes their codes at once.
 //
 // A group of warps takes one token after the other; groups of a block share the factors and nothing else. Thus one
-// multiplies while another rounds, and none waits for loads: a token comes by background copies into one of two buffers
-// while the one before it is worked on. Values become fp16 in place, by a power of two, and codes are gathered there
-// when nobody needs the token any longer.
+// multiplies while another rounds. The next token comes by background copies while the one before it is rounded. Values
+// become fp16 in place, by a power of two.
 //
 // Constants from the host: N1, N2 (multiples of 16), P1, P2 (columns of the factors' rows in memory), LEFT, RIGHT
-// (which of them there are), GAIN (whether it is not 1), TILES (of a warp: 1 or 2), GROUPS (of a block), RESIDENT
-// (blocks of a processor), FORM, LOWEST, HIGHEST, TWICE_LEVELS (how many halves of a scale make up the largest value),
-// CLIP. BFLOAT is 0: operands are fp16.
+// (which of them there are), GAIN (whether it is not 1), TILES (of 16 columns, of a warp: 1 or 2), GROUPS (of a block),
+// FORM, LOWEST, HIGHEST, TWICE_LEVELS (how many halves of a scale make up the largest value), CLIP, SUMS (of a tile, in
+// a lane: N1 / 2). BFLOAT is 0: operands are fp16.
 
-static_assert(N1 % 16 == 0 && N2 % (16 * TILES) == 0 && (LEFT || RIGHT), "whole tiles");
+static_assert(N1 % 16 == 0 && N2 % 16 == 0 && SUMS == N1 / 2 && (LEFT || RIGHT), "whole steps");
 
 enum { BYTES, NIBBLES, MINIFLOATS };
 
-constexpr int TOLD = 6;  // vectors
 constexpr u32 ALL = 0xffffffff;
 constexpr u32 LOW_HALVES = 0x5410, HIGH_HALVES = 0x7632;  // of two words, for __byte_perm
-constexpr int WARPS = N2 / 16 / TILES, THREADS = 32 * WARPS;  // of a group
-constexpr int VECTORS = N2 / 8;  // of 16 bytes in a token's row
-constexpr int APART = THREADS / VECTORS, OWN = N1 / APART;  // rows between a thread's vectors, and how many these are
+constexpr int TEAMS = (N2 + 64 * TILES - 1) / (64 * TILES);  // of four warps, whose rows make up an operand
+constexpr int WARPS = 4 * TEAMS, THREADS = 32 * WARPS;  // of a group
+constexpr int VECTORS = N2 / 8, COUNT = N1 * VECTORS;  // of 16 bytes, in a token's row and in a token
+constexpr int OWN = (COUNT + THREADS - 1) / THREADS;  // of a thread
 constexpr int EIGHTS = N1 / 8;  // of rows
-constexpr int ROW = VECTORS | 1, LEFT_ROW = N1 / 8 | 1;  // vectors from one row to the next in shared memory
-constexpr int CODE_BYTES = FORM == NIBBLES ? N2 / 2 : N2, CODE_ROW = CODE_BYTES + 16;  // likewise; no bank meets twice
+constexpr int CHUNKS = TEAMS * TILES;  // of 64 columns
+constexpr int LEFT_VECTORS = LEFT ? (N1 + 63) / 64 * N1 * 8 : 0, RIGHT_VECTORS = RIGHT ? CHUNKS * N2 * 8 : 0;
+constexpr int BUFFER = CHUNKS * N1 * 8;  // vectors of a token
+constexpr int CODE_BYTES = FORM == NIBBLES ? N2 / 2 : N2;  // of a row
 constexpr int LANE_BYTES = 2 * TILES / (FORM == NIBBLES ? 2 : 1);  // of codes, in a row
 constexpr float NEAREST = 12582912.0f;  // 1.5 · 2^23: the lowest bits of its sum with y are y's nearest integer
 
-// Tile, eight rows of the result: rows 2c and 2c + 1 of lane g's column 2u of tile u (first two) and of the next one.
-using Sums = float[TILES][EIGHTS][4];
+// Of a tile, by eight rows of the result: rows 2c and 2c + 1 of lane g's column 2u of tile u (first two) and of the
+// next one.
+using Sums = float[SUMS];
 using Rounded = u32[EIGHTS][2][TILES];  // eight rows, row of two, tile: two columns each
 
 __device__ __forceinline__ float power(u32 exponent) { return __uint_as_float(exponent); }
 
 // --- shared memory --------------------------------------------------------------------------------------------------
 
-// A vector of a row in the order of operand A: of a warp's columns, 2 TILES g + k comes to 8k + g.
-__device__ __forceinline__ void mix(uint4* row, int vector, uint4 v) {
-    constexpr int EACH = 2 * TILES;  // vectors of a warp
-    u32* at = reinterpret_cast<u32*>(row + vector / EACH * EACH) + vector % EACH * (2 / TILES);
+// Where a row's vector is in a matrix of so many rows: in chunks of 64 columns, of which vectors trade places as wgmma
+// wants them to.
+template <int ROWS>
+__device__ __forceinline__ int at(int row, int vector) {
+    return (vector / 8 * ROWS + row) * 8 + ((vector ^ row) & 7);
+}
+
+// A vector of a row in the order of operand A: column 2 TILES (8w + g) + 2u + h of a team comes to column 16w + 8h + g
+// of tile u.
+template <int ROWS>
+__device__ __forceinline__ void mix(uint4* matrix, int row, int vector, uint4 v) {
+    constexpr int EACH = 8 * TILES;  // vectors of a team
+    const int chunk = vector / EACH * EACH, warp = vector % EACH / (2 * TILES);
+    const auto words = [&](int tile, int half) {
+        return reinterpret_cast<u32*>(matrix + at<ROWS>(row, chunk + 8 * tile + 2 * warp + half));
+    };
     if (TILES == 2) {
-        at[0] = __byte_perm(v.x, v.z, LOW_HALVES), at[4] = __byte_perm(v.x, v.z, HIGH_HALVES);
-        at[8] = __byte_perm(v.y, v.w, LOW_HALVES), at[12] = __byte_perm(v.y, v.w, HIGH_HALVES);
+        const int g = vector % 4;
+        words(0, 0)[g] = __byte_perm(v.x, v.z, LOW_HALVES), words(0, 1)[g] = __byte_perm(v.x, v.z, HIGH_HALVES);
+        words(1, 0)[g] = __byte_perm(v.y, v.w, LOW_HALVES), words(1, 1)[g] = __byte_perm(v.y, v.w, HIGH_HALVES);
     } else {
-        at[0] = __byte_perm(v.x, v.y, LOW_HALVES), at[1] = __byte_perm(v.z, v.w, LOW_HALVES);
-        at[4] = __byte_perm(v.x, v.y, HIGH_HALVES), at[5] = __byte_perm(v.z, v.w, HIGH_HALVES);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const u32 order = half ? HIGH_HALVES : LOW_HALVES;
+            u32* two = words(0, half) + vector % 2 * 2;
+            two[0] = __byte_perm(v.x, v.y, order), two[1] = __byte_perm(v.z, v.w, order);
+        }
     }
 }
 
@@ -63,77 +82,46 @@ __device__ __forceinline__ void fill(uint4* to, const uint4* from) {
     for (int i = threadIdx.x; i < COLUMNS * WIDE; i += GROUPS * THREADS) {
         const int row = i / WIDE, vector = i % WIDE;
         const uint4* source = from + row * (PADDED / 8) + vector;
-        if (MIXED) mix(to + row * (WIDE | 1), vector, *source);
-        else copy(to + row * (WIDE | 1) + vector, source, true);
+        if (MIXED) mix<COLUMNS>(to, row, vector, *source);
+        else copy(to + at<COLUMNS>(row, vector), source, true);
     }
-}
-
-// Where a lane's row begins of four matrices of 8 x 8: 16 rows, two vectors.
-template <int STRIDE>
-__device__ __forceinline__ int corner(int lane) {
-    return (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2;
 }
 
 // --- products -------------------------------------------------------------------------------------------------------
 
-// A step of 16: operand A is in registers, B's columns are rows in shared memory.
-template <int STRIDE>
-__device__ __forceinline__ void add(Sums& sums, const u32 (&a)[TILES][4], const uint4* b) {
-#pragma unroll
-    for (int pair = 0; pair < EIGHTS / 2; pair++) {
-        u32 part[4];
-        matrices(part, b + pair * 16 * STRIDE);
-#pragma unroll
-        for (int u = 0; u < TILES; u++) {
-            multiply(sums[u][2 * pair], a[u], part[0], part[1]);
-            multiply(sums[u][2 * pair + 1], a[u], part[2], part[3]);
-        }
-    }
+// A step of 16 along rows of so many columns' matrix: operand B.
+template <int ROWS>
+__device__ __forceinline__ u64 step_of(const uint4* matrix, int step) {
+    return operand(matrix + step / 4 * (ROWS * 8) + step % 4 * 2);
 }
 
-__device__ __forceinline__ void clear(Sums& sums) {
-#pragma unroll
-    for (int i = 0; i < 4 * TILES * EIGHTS; i++) sums[i / 4 / EIGHTS][i / 4 % EIGHTS][i % 4] = 0.0f;
-}
-
-// Zᵀ of a token, or as much of it as there are factors for.
+// A tile of Zᵀ of a token, or as much of it as there are factors for.
 __device__ __forceinline__ void transformed(
-    Sums& sums, const uint4* token, const uint4* left, const uint4* right, int warp, int lane) {
-    u32 a[TILES][4], between[TILES][EIGHTS][2];
-    const uint4* x = token + corner<ROW>(lane);
-    clear(sums);
-    if (RIGHT) {
-        right += corner<ROW>(lane) + warp * (2 * TILES);
-#pragma unroll
-        for (int step = 0; step < N2 / 16; step++) {
-#pragma unroll
-            for (int u = 0; u < TILES; u++) matrices_transposed(a[u], right + step * 16 * ROW + 2 * u);
-            add<ROW>(sums, a, x + 2 * step);
-        }
-    }
-    if (!LEFT) return;
+    Sums& sums, const uint4* token, const uint4* left, const uint4* right, int tile) {
+    begin_products();
     if (RIGHT) {
 #pragma unroll
-        for (int i = 0; i < 2 * TILES * EIGHTS; i++) {
-            const float* pair = sums[i / 2 / EIGHTS][i / 2 % EIGHTS] + i % 2 * 2;
-            between[i / 2 / EIGHTS][i / 2 % EIGHTS][i % 2] = packed(pair[0], pair[1]);
-        }
-        clear(sums);
+        for (int step = 0; step < N2 / 16; step++)
+            multiply_tiles(sums, operand(right + tile * (N2 * 8) + step * 128), step_of<N1>(token, step), step > 0);
+    } else {
+#pragma unroll
+        for (int step = 0; step < N1 / 16; step++)
+            multiply_tiles(sums, operand(token + tile * (N1 * 8) + step * 128), step_of<N1>(left, step), step > 0);
     }
-    left += corner<LEFT_ROW>(lane);
+    end_products();
+    await_sums(sums);
+    if (!LEFT || !RIGHT) return;
+    u32 between[N1 / 16][4];
 #pragma unroll
-    for (int step = 0; step < N1 / 16; step++) {
-#pragma unroll
-        for (int u = 0; u < TILES; u++) {
-            if (RIGHT) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) a[u][i] = between[u][2 * step + i / 2][i % 2];
-            } else {
-                matrices_transposed(a[u], x + step * 16 * ROW + warp * (2 * TILES) + 2 * u);
-            }
-        }
-        add<LEFT_ROW>(sums, a, left + 2 * step);
+    for (int i = 0; i < N1 / 4; i++) {
+        between[i / 4][i % 4] = packed(sums[2 * i], sums[2 * i + 1]);
+        pin(between[i / 4][i % 4]);
     }
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < N1 / 16; step++) multiply_tile(sums, between[step], step_of<N1>(left, step), step > 0);
+    end_products();
+    await_sums(sums);
 }
 
 // --- levels ---------------------------------------------------------------------------------------------------------
@@ -199,95 +187,93 @@ __device__ __forceinline__ float largest_of(const float* of_warps) {
 }
 
 struct Group {
-    uint4* buffers;  // two tokens [N1][ROW]
-    float* told;  // [3][8], by warps: the largest magnitude; mapped, the largest value and the smallest's negative
+    uint4* buffer;  // a token
+    float* told;  // [3][WARPS]: the largest magnitude; mapped, the largest value and the smallest's negative
     int index, thread;
 
     __device__ __forceinline__ void meet_all() const { meet<THREADS>(1 + index); }
-    __device__ __forceinline__ int place() const { return thread / VECTORS * ROW + thread % VECTORS; }
 
-    // A thread's vectors are so many rows apart, in the token and in the buffer.
-    __device__ __forceinline__ void fetch(uint4* to, const uint4* token, bool there) const {
+    // What is to be done with every vector of a token that is this thread's.
+    template <class Do>
+    __device__ __forceinline__ void each(const Do& act) const {
 #pragma unroll
-        for (int k = 0; k < OWN && there; k++) copy(to + place() + k * APART * ROW, token + thread + k * THREADS, true);
+        for (int k = 0; k < OWN; k++) {
+            const u32 i = thread + k * THREADS;
+            if (COUNT % THREADS == 0 || i < COUNT) act(k, i, (int)(i / VECTORS), (int)(i % VECTORS));
+        }
+    }
+
+    __device__ __forceinline__ void fetch(const uint4* token, bool there) const {
+        if (there) each([&](int, u32 i, int row, int vector) { copy(buffer + at<N1>(row, vector), token + i, true); });
         end_copies();
     }
 
     // Largest magnitude of what this thread has fetched, and that itself.
-    __device__ __forceinline__ float look(uint4 (&raw)[OWN], const uint4* buffer) const {
+    __device__ __forceinline__ float look(uint4 (&raw)[OWN]) const {
         u32 found = 0;
-#pragma unroll
-        for (int k = 0; k < OWN; k++) {
-            raw[k] = buffer[place() + k * APART * ROW];
+        each([&](int k, u32, int row, int vector) {
+            raw[k] = buffer[at<N1>(row, vector)];
             const u32 words[4] = {raw[k].x, raw[k].y, raw[k].z, raw[k].w};
 #pragma unroll
             for (int i = 0; i < 4; i++) found = larger_bfloat(found, words[i] & 0x7fff7fff);
-        }
+        });
         return larger_half(found);
     }
 
-    // The same as fp16, times a power of two. Where X itself is operand A its columns are mixed, by
-    // neighbouring lanes, all of which have read theirs.
-    __device__ __forceinline__ void convert(uint4* buffer, const uint4 (&raw)[OWN], float by) const {
+    // The same as fp16, times a power of two. Where X itself is operand A its columns are mixed: all have read theirs.
+    __device__ __forceinline__ void convert(const uint4 (&raw)[OWN], float by) const {
         const auto halves = [by](u32 pair) {
             return packed(__uint_as_float(pair << 16) * by, __uint_as_float(pair & 0xffff0000) * by);
         };
-#pragma unroll
-        for (int k = 0; k < OWN; k++) {
+        each([&](int k, u32, int row, int vector) {
             const uint4 v = make_uint4(halves(raw[k].x), halves(raw[k].y), halves(raw[k].z), halves(raw[k].w));
-            if (RIGHT) buffer[place() + k * APART * ROW] = v;
-            else mix(buffer + (thread / VECTORS + k * APART) * ROW, thread % VECTORS, v);
-        }
-    }
-
-    // Codes of a token, in 16-byte vectors.
-    __device__ __forceinline__ void write(uint4* codes, const uint4* buffer) const {
-        constexpr int WIDE = CODE_BYTES / 16;
-#pragma unroll
-        for (int i = thread; i < N1 * WIDE; i += THREADS) codes[i] = buffer[i / WIDE * (CODE_ROW / 16) + i % WIDE];
+            if (RIGHT) buffer[at<N1>(row, vector)] = v;
+            else mix<N1>(buffer, row, vector, v);
+        });
+        show_writes();
     }
 };
 
-// Sums times gain as bf16 has them; the largest value of a warp, and the smallest one's negative.
-__device__ __forceinline__ float2 stored(Rounded& z, const Sums& sums, float gain) {
-    u32 high = 0xff80ff80, low = 0x7f807f80;  // infinities
+// Sums of a tile times gain as bf16 has them; the largest value of a lane, and the smallest one.
+__device__ __forceinline__ void store(Rounded& z, u32& high, u32& low, const Sums& sums, int tile, float gain) {
 #pragma unroll
-    for (int i = 0; i < EIGHTS * 2 * TILES; i++) {
-        const float* four = sums[i % TILES][i / TILES / 2];
-        const int row = i / TILES % 2;
-        const u32 pair = GAIN ? packed_bfloat(four[row] * gain, four[row + 2] * gain)
-                              : packed_bfloat(four[row], four[row + 2]);
-        z[i / TILES / 2][row][i % TILES] = pair;
+    for (int i = 0; i < EIGHTS * 2; i++) {
+        const float* four = sums + i / 2 * 4;
+        const int row = i % 2;
+        u32 pair = GAIN ? packed_bfloat(four[row] * gain, four[row + 2] * gain)
+                        : packed_bfloat(four[row], four[row + 2]);
+        pin(pair);  // before the next tile takes registers
+        z[i / 2][row][tile] = pair;
         high = larger_bfloat(high, pair), low = smaller_bfloat(low, pair);
     }
-    return make_float2(largest(larger_half(high)), largest(larger_half(low ^ 0x80008000)));
 }
 
-// A warp's codes, where the token was.
-__device__ __forceinline__ void gather(uint4* buffer, const Rounded& z, const Levels& levels, int warp, int lane) {
-    char* corner = reinterpret_cast<char*>(buffer) + lane % 4 * 2 * CODE_ROW;
-    const int place = warp * 8 + lane / 4;
+// A lane's codes: `to` is where those of its first row go.
+__device__ __forceinline__ void write(char* to, const Rounded& z, const Levels& levels) {
 #pragma unroll
     for (int i = 0; i < EIGHTS * 2; i++) {
         const u32 word = levels.codes(z[i / 2][i % 2]);
-        char* row = corner + (i / 2 * 8 + i % 2) * CODE_ROW;
-        if (LANE_BYTES == 4) reinterpret_cast<u32*>(row)[place] = word;
-        if (LANE_BYTES == 2) reinterpret_cast<u16*>(row)[place] = word;
-        if (LANE_BYTES == 1) row[place] = word;
+        char* place = to + (i / 2 * 8 + i % 2) * CODE_BYTES;
+        if (LANE_BYTES == 4) *reinterpret_cast<u32*>(place) = word;
+        if (LANE_BYTES == 2) *reinterpret_cast<u16*>(place) = word;
+        if (LANE_BYTES == 1) *place = word;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, RESIDENT) transform(
+extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, 1) transform(
     const uint4* __restrict__ x, const uint4* __restrict__ left_at, const uint4* __restrict__ right_at,
-    const float* __restrict__ clip, uint4* __restrict__ codes, float* __restrict__ scales, int tokens, int gain_bits) {
-    extern __shared__ float4 shared[];  // what groups tell [TOLD], left [N1][LEFT_ROW], right [N2][ROW], buffers
-    uint4* left = reinterpret_cast<uint4*>(shared) + GROUPS * TOLD;
-    uint4* right = left + (LEFT ? N1 * LEFT_ROW : 0);
-    uint4* buffers = right + (RIGHT ? N2 * ROW : 0);
-    const int index = threadIdx.x / THREADS;
-    const Group group{buffers + index * (2 * N1 * ROW), reinterpret_cast<float*>(shared + index * TOLD), index,
-                      (int)threadIdx.x % THREADS};
-    const int warp = group.thread / 32, lane = group.thread % 32;
+    const float* __restrict__ clip, char* __restrict__ codes, float* __restrict__ scales, int tokens, int gain_bits) {
+    // left [.][N1][8], right [CHUNKS][N2][8], a token [CHUNKS][N1][8] of every group, what groups tell
+    extern __shared__ __align__(1024) float4 shared[];
+    uint4* left = reinterpret_cast<uint4*>(shared);
+    uint4* right = left + LEFT_VECTORS;
+    uint4* buffers = right + RIGHT_VECTORS;
+    const int index = uniform(threadIdx.x / THREADS);
+    const Group group{buffers + index * BUFFER, reinterpret_cast<float*>(buffers + GROUPS * BUFFER) + index * 3 * WARPS,
+                      index, (int)threadIdx.x % THREADS};
+    const int warp = uniform(group.thread / 32), lane = group.thread % 32;
+    const int column = (warp * 8 + lane / 4) * (2 * TILES), first = warp / 4 * TILES;  // this lane's, this team's tile
+    const bool there = N2 % (64 * TILES) == 0 || column < N2;
     const float gain = __uint_as_float(gain_bits);
 
     if (LEFT) fill<N1, P1, false>(left, left_at);
@@ -296,38 +282,42 @@ extern "C" __global__ void __launch_bounds__(GROUPS * THREADS, RESIDENT) transfo
     meet_neighbours();
     const float of_low = CLIP ? clip[0] : 1.0f, of_high = CLIP ? clip[1] : 1.0f;
     const int step = gridDim.x * GROUPS;
-    int token = index * gridDim.x + blockIdx.x, turn = 0;
-    group.fetch(group.buffers, x + (long long)token * (N1 * VECTORS), token < tokens);
+    int token = index * gridDim.x + blockIdx.x;
+    group.fetch(x + (long long)token * COUNT, token < tokens);
     await_copies<1>();
+    show_writes();
     __syncthreads();
 
-    for (; token < tokens; token += step, turn ^= 1) {
-        uint4* buffer = group.buffers + turn * (N1 * ROW);
+    for (; token < tokens; token += step) {
         uint4 raw[OWN];
         await_copies<0>();
-        const float here = largest(group.look(raw, buffer));
+        const float here = largest(group.look(raw));
         if (lane == 0) group.told[warp] = here;
-        group.meet_all();  // all have also written the codes that the other buffer held
-        group.fetch(group.buffers + (turn ^ 1) * (N1 * ROW), x + (long long)(token + step) * (N1 * VECTORS),
-                    step < tokens - token);
+        group.meet_all();
         const u32 bits = __float_as_uint(largest_of(group.told)) & 0x7f800000;
         const u32 exponent = min(max(bits, 0x08000000u), 0x77000000u);
-        group.convert(buffer, raw, power(0x7f000000 - exponent));
+        group.convert(raw, power(0x7f000000 - exponent));
         group.meet_all();
 
-        Sums sums;
         Rounded z;
-        transformed(sums, buffer, left, right, warp, lane);
-        const float2 ends = stored(z, sums, gain);
-        if (lane == 0) group.told[8 + warp] = ends.x, group.told[16 + warp] = ends.y;
+        u32 most = 0xff80ff80, least = 0x7f807f80;  // infinities
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            Sums sums = {};
+            transformed(sums, group.buffer, left, right, first + tile);
+            store(z, most, least, sums, tile, gain);
+        }
+        if (!there) most = 0xff80ff80, least = 0x7f807f80;
+        const float2 ends = make_float2(largest(larger_half(most)), largest(larger_half(least ^ 0x80008000)));
+        if (lane == 0) group.told[WARPS + warp] = ends.x, group.told[2 * WARPS + warp] = ends.y;
         group.meet_all();
+        group.fetch(x + (long long)(token + step) * COUNT, step < tokens - token);
 
-        const float high = largest_of(group.told + 8) * of_high, low = largest_of(group.told + 16) * of_low;
+        const float high = largest_of(group.told + WARPS) * of_high, low = largest_of(group.told + 2 * WARPS) * of_low;
         float scale = fmaxf(fabsf(high), fabsf(low)) / (0.5f * TWICE_LEVELS);
         if (group.thread == 0) scales[token] = scale > 0.0f ? scale * power(exponent) : 1.0f;
         if (!(scale > 0.0f)) scale = power(0x7f000000 - exponent);
-        gather(buffer, z, Levels(scale), warp, lane);
-        group.meet_all();
-        group.write(codes + (long long)token * (N1 * CODE_BYTES / 16), buffer);
+        char* row = codes + ((long long)token * N1 + lane % 4 * 2) * CODE_BYTES;
+        if (there) write(row + column / (2 * TILES) * LANE_BYTES, z, Levels(scale));
     }
 }

@@ -16,8 +16,10 @@
 // Integers are multiplied by their scales and rounded, as in a copy in 16 bits, since a group's own sums would take as
 // many registers as all sums.
 //
-// More constants from the host: BIAS; TOKENS (of a block: a multiple of 64, up to 256); SPLITS.
+// More constants from the host: BIAS; TOKENS (of a block: a multiple of 64, up to 256); SPLITS; SUMS (32: of an
+// operation, in a lane).
 
+static_assert(SUMS == 32, "64 tokens to an operation");
 static_assert(E2M1 || !WIDE, "scales are in the values, and in fp16");
 
 constexpr int SETS = TOKENS / 64;  // of tokens that one operation takes
@@ -30,7 +32,7 @@ constexpr int SCALE_VECTORS = E2M1 ? GROUPS : GROUPS * 2, ZERO_VECTORS = ZERO ? 
 constexpr int UNIT_VECTORS = LOW_VECTORS + HIGH_VECTORS + SCALE_VECTORS + ZERO_VECTORS;
 constexpr int SUM_ROW = WARPS * 16 + 4;  // floats of a token's sums: no bank meets twice
 
-typedef float Sums[SETS][32];
+typedef float Sums[SETS][SUMS];
 
 // --- inputs ---------------------------------------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ __device__ __forceinline__ void multiply_block(Sums& sums, const u32 (&a)[2][4],
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
-        for (int set = 0; set < SETS; set++) multiply_tile(sums[set], a[step], inputs + set * 512 + step * 2);
+        for (int set = 0; set < SETS; set++) multiply_tile(sums[set], a[step], inputs + set * 512 + step * 2, true);
     end_products();
     await_products<1>();
 }
