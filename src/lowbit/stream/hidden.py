@@ -3,17 +3,23 @@ to a budget and on disk beyond it.
 
 Where a state lies never changes what it holds, so a run under any budget gives the same bytes. States on disk are raw
 files in a scratch folder of the run directory; they are rewritten in place as the sweep advances.
+
+Where a GPU works on states that live in memory, a pass over the text takes them by `at`, one behind the other: then the
+next one travels while this one is worked on (`ferry`). Whoever reads a state by its index, in whatever order, sends
+nothing ahead and gets it complete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..formats.files import read_shard, write_shard
+from .ferry import Ferry
 
 
 class HiddenStates:
@@ -24,6 +30,7 @@ class HiddenStates:
         self._directory = directory
         self._kept: list[Tensor | None] = []
         self._bytes = 0
+        self._ferry = Ferry()
 
     def append(self, state: Tensor) -> None:
         """Add a micro-batch at the end."""
@@ -35,7 +42,17 @@ class HiddenStates:
 
     def __getitem__(self, index: int) -> Tensor:
         kept = self._kept[index]
-        return read_shard(self._file(index))["state"] if kept is None else kept
+        if kept is None:
+            return read_shard(self._file(index))["state"]
+        self._ferry.settle()
+        return kept
+
+    def at(self, index: int, device: torch.device) -> AbstractContextManager[Tensor]:
+        """A state to be worked on by `device`; if it lives in pinned memory, the next one is sent there meanwhile."""
+        kept = self._kept[index]
+        if device.type != "cuda" or kept is None or not kept.is_pinned():
+            return nullcontext(self[index])
+        return self._ferry.over(kept, self._kept[index + 1] if index + 1 < len(self) else None, device)
 
     def __setitem__(self, index: int, state: Tensor) -> None:
         old = self._kept[index]
@@ -58,7 +75,7 @@ class HiddenStates:
 
     def clear(self) -> None:
         """Drop every state and the scratch files."""
-        self._kept, self._bytes = [], 0
+        self._kept, self._bytes, self._ferry = [], 0, Ferry()
         if self._directory.exists():
             for file in self._directory.glob("*.safetensors"):
                 file.unlink()
@@ -79,9 +96,7 @@ class HiddenStates:
 
     def _at_home(self, state: Tensor) -> Tensor:
         """The state where states live: pages that a GPU may copy from by itself take a tenth of the time."""
-        if self._home.type != "cpu" or not state.is_cuda:
-            return state.to(self._home)
-        return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state)
+        return self._ferry.back(state) if self._home.type == "cpu" and state.is_cuda else state.to(self._home)
 
     def _file(self, index: int) -> Path:
         return self._directory / f"{index:05d}.safetensors"

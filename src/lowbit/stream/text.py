@@ -15,6 +15,7 @@ from .prologue import Calls
 
 REPLAYED_TOKENS = 16384
 """Transforms that try candidates by running the inspected modules do so on about this many tokens, evenly spread."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,23 @@ class Text:
     """Whether two micro-batches may be stacked and sent through the block in one call."""
     budget: int = 0
     """Bytes that may be kept in memory between the passes of a sequential Round."""
+    device: torch.device = CPU
+    """Where blocks compute."""
 
     @property
     def batches(self) -> int:
         return len(self.inputs)
 
     def forward(self, block: nn.Module, batch: int) -> Tensor:
-        """The block's output for one micro-batch of the quantized stream."""
-        return self.call(block, batch, self.inputs[batch])
+        """The block's output for one micro-batch of the quantized stream; the next one is expected to follow."""
+        with self.inputs.at(batch, self.device) as hidden:
+            return self.call(block, batch, hidden)
 
     def forward_clean(self, block: nn.Module, batch: int) -> Tensor:
-        """The block's output for one micro-batch of the original model's stream."""
+        """The block's output for one micro-batch of the original model's stream; the next one is expected to follow."""
         assert self.clean is not None, "the recipe did not ask for the original model's stream"
-        return self.call(block, batch, self.clean[batch])
+        with self.clean.at(batch, self.device) as hidden:
+            return self.call(block, batch, hidden)
 
     def fill_targets(self, block: nn.Module) -> None:
         """Run the original block on the float stream, if it is wanted."""
@@ -95,7 +100,8 @@ class Streams:
             return self._inputs[a].shape == self._inputs[b].shape and self._calls.alike(index, a, b)
 
         onward = index + 1 < len(self._calls.by_block)
-        return Text(call, self._inputs, self._clean, self._targets, onward, alike, self._spare(self._taken()))
+        streams = (self._inputs, self._clean, self._targets)
+        return Text(call, *streams, onward, alike, self._spare(self._taken()), self._device)
 
     def _taken(self) -> int:
         """Bytes of all states in memory."""
