@@ -252,10 +252,12 @@ def test_shard_that_shrinks_while_it_is_read(save: Models, tmp_path: Path) -> No
         checkpoint.read(checkpoint.names())
 
 
-def test_prefetch(save: Models) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_prefetch(device: str, save: Models) -> None:
+    """For a GPU it reads into memory that the GPU can copy from by itself."""
     checkpoint, _ = bound(save("mixtral"))
     prefixes = ["model.layers.0.", "model.layers.1."]
-    with Prefetch(checkpoint) as ahead:
+    with Prefetch(checkpoint, torch.device(device)) as ahead:
         ahead.start(checkpoint.names(prefixes[0]))
         for prefix, following in zip(prefixes, [*prefixes[1:], None], strict=True):
             tensors = ahead.result()
@@ -266,19 +268,21 @@ def test_prefetch(save: Models) -> None:
             direct = checkpoint.read(checkpoint.names(prefix))
             assert tensors.keys() == direct.keys()
             assert all(same_bits(tensors[name], direct[name]) for name in direct)
+            assert all(tensor.is_pinned() == (device == "cuda") for tensor in tensors.values())
 
 
 def test_prefetch_reads_in_the_background_and_hands_on_errors(save: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = bound(save("llama"))
     go, threads = threading.Event(), []
 
-    def read(names: tuple[str, ...]) -> dict[str, Tensor]:
+    def read(names: tuple[str, ...], pinned: bool) -> dict[str, Tensor]:
+        assert not pinned
         threads.append(threading.current_thread())
         assert go.wait(10)
         raise ValueError(f"cannot read {names[0]}")
 
     monkeypatch.setattr(checkpoint, "read", read)
-    with Prefetch(checkpoint) as ahead:
+    with Prefetch(checkpoint, torch.device("cpu")) as ahead:
         ahead.start(["x"])
         go.set()
         with pytest.raises(ValueError, match="cannot read x"):
@@ -322,6 +326,7 @@ def test_a_block_filled_and_freed(save: Models) -> None:
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
+import torch
 from transformers import AutoConfig
 from lowbit.graph.skeleton import build_skeleton
 from lowbit.stream.checkpoint import Checkpoint, Prefetch
@@ -331,7 +336,7 @@ checkpoint.bind(build_skeleton(checkpoint.config))
 blocks = [checkpoint.names(f"model.layers.{i}.") for i in range(8)]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-with Prefetch(checkpoint) as ahead:
+with Prefetch(checkpoint, torch.device("cpu")) as ahead:
     ahead.start(blocks[0])
     for following in [*blocks[1:], None]:
         tensors = ahead.result()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -134,11 +134,14 @@ class Checkpoint:
         """The bound model's parameters and buffers under a prefix that the files hold, in the model's order."""
         return tuple(name for name in self._names if name.startswith(prefix))
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Parameters of the bound model as they are stored: own memory, on the CPU, dtype of the files."""
+    def read(self, names: Iterable[str], pinned: bool = False) -> dict[str, Tensor]:
+        """Parameters of the bound model as they are stored: own memory, on the CPU, dtype of the files.
+
+        From `pinned` memory a GPU may copy by itself, in a tenth of the time.
+        """
         with ExitStack() as stack:
             opened: dict[Path, FileIO] = {}
-            return {name: self._read(name, opened, stack) for name in names}
+            return {name: self._read(name, opened, stack, pinned) for name in names}
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of a parameter [R, …] at `index` [N]: for embeddings that are larger than a block.
@@ -191,8 +194,8 @@ class Checkpoint:
             raise ValueError(f"{name} is made of tensors of several dtypes: convert the model to one dtype first")
         return dtypes.pop()
 
-    def _read(self, name: str, opened: dict[Path, FileIO], stack: ExitStack) -> Tensor:
-        out = torch.empty(self._bound.shape(name), dtype=self._dtype(name))
+    def _read(self, name: str, opened: dict[Path, FileIO], stack: ExitStack, pinned: bool) -> Tensor:
+        out = torch.empty(self._bound.shape(name), dtype=self._dtype(name), pin_memory=pinned)
         lines = out.view(as_matrix(out.shape))
         for piece in self.pieces(name):
             path, entry = self._entries[piece.name]
@@ -216,20 +219,25 @@ class Checkpoint:
 class Prefetch:
     """Reads the next block's tensors in a thread while the caller works on this block; never more than one ahead.
 
-    with Prefetch(checkpoint) as ahead:
+    with Prefetch(checkpoint, device) as ahead:
         ahead.start(names_0)
         for …: tensors = ahead.result(); ahead.start(next_names); work(tensors)
+
+    They are on the CPU, for a GPU in pinned memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lowbit-read")
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint, self._pinned = checkpoint, device.type == "cuda"
+        begin = None
+        if self._pinned:  # a thread begins on the first GPU, of which it would take memory
+            begin = partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lowbit-read", initializer=begin)
         self._pending: Future[dict[str, Tensor]] | None = None
 
     def start(self, names: Iterable[str]) -> None:
         """Begin to read."""
         assert self._pending is None, "take the last result first: only one block is read ahead"
-        self._pending = self._pool.submit(self._checkpoint.read, tuple(names))
+        self._pending = self._pool.submit(self._checkpoint.read, tuple(names), self._pinned)
 
     def result(self) -> dict[str, Tensor]:
         """Wait for what `start` asked for; raises what reading raised."""

@@ -153,8 +153,8 @@ def _parted(work: BlockWork, sites: Sequence[Site], codes: QTensor, stats: Mappi
     layers: dict[str, QLayer] = {}
     start = 0
     for site in sites:
-        part = QWeight((codes.rows(start, start + site.shape[0]),))
-        layers[site.name] = work.layer(site, part.to(_shelf(work)), work.input_grid(site, stats))
+        part = codes.rows(start, start + site.shape[0])
+        layers[site.name] = work.layer(site, _shelved(work, part), work.input_grid(site, stats))
         start += site.shape[0]
     return layers
 
@@ -197,6 +197,13 @@ def _cost(work: BlockWork, tap: Tap) -> float:
     if "gram" not in (work.recipe.encode or work.recipe.round).needs or not outputs:
         return float(inputs * outputs)
     return float(inputs**2 * (inputs + 2 * outputs))
+
+
+def _shelved(work: BlockWork, part: QTensor) -> QWeight:
+    """A finished weight where it is put, its codes in pinned memory if that is the CPU's: they come back at once."""
+    if part.codes.is_cuda and _shelf(work).type == "cpu":
+        part = replace(part, codes=torch.empty_like(part.codes, device="cpu", pin_memory=True).copy_(part.codes))
+    return QWeight((part,)).to(_shelf(work))
 
 
 def _shelf(work: BlockWork) -> torch.device:

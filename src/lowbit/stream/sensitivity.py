@@ -137,10 +137,11 @@ class Sensitivity:
     def _blocks(self, order: Iterable[int]) -> Iterator[tuple[int, nn.Module]]:
         """Every block in turn with its weights, which go when the next one is asked for; that is read meanwhile."""
         indices = list(order)
-        with Prefetch(self.checkpoint) as ahead:
+        with Prefetch(self.checkpoint, self.device) as ahead:
             ahead.start(self._names(indices[0]))
             for index, later in zip(indices, [*indices[1:], None], strict=True):
-                prefix, tensors = self.anatomy.full_name(index, ""), ahead.result()
+                prefix, read = self.anatomy.full_name(index, ""), ahead.result()
+                tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in read.items()}
                 if later is not None:
                     ahead.start(self._names(later))
                 for name, tensor in tensors.items():

@@ -101,7 +101,7 @@ class Sweep:
         if self.plan.recipe.calibrated and finished < count:
             streams, start = self._begin(finished)
         saver = _Snapshots(self.run, streams if self.lanes.alone else None)
-        with Prefetch(self.checkpoint) as ahead, _Writer(self.device.type == "cuda") as writer:
+        with Prefetch(self.checkpoint, self.device) as ahead, _Writer(self.device.type == "cuda") as writer:
             if start < count and (start == finished or self.plan.recipe.float_stream):
                 ahead.start(self._names(start))
             for index in range(start, count):
@@ -142,7 +142,7 @@ class Sweep:
     def _tensors(self, index: int, ahead: Prefetch) -> dict[str, Tensor]:
         """The block's checkpoint tensors by name within it, on the device; the next block's reading begins."""
         cut = len(self.plan.anatomy.full_name(index, "")) + 1
-        tensors = {name[cut:]: tensor.to(self.device) for name, tensor in ahead.result().items()}
+        tensors = {name[cut:]: tensor.to(self.device, non_blocking=True) for name, tensor in ahead.result().items()}
         if index + 1 < len(self.plan.anatomy.blocks):
             ahead.start(self._names(index + 1))
         return tensors
