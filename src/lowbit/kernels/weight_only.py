@@ -186,6 +186,8 @@ def _plan(tokens: int, tiles: int, units: int, processors: int, kind: Kind) -> P
     """
     if tokens == 1:
         thick, (rows, k_warps, depth, late) = _ONE[kind]
+        if kind == "int4 of fp16" and units > 64 and 2 * tiles < 7 * processors:
+            return Plan(1, 1, 1, 16, 1, 2, 0)
         if 2 * tiles < 7 * processors:
             return Plan(1, 1, 2 if thick and processors < tiles <= 2 * processors else 1, min(units, 16), 1, 1, 0)
         return Plan(rows, 1, 1, min(units, k_warps), 1, depth, 0, late)
