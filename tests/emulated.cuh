@@ -183,7 +183,6 @@ inline void keep_registers() {}
 template <int>
 inline void take_registers() {}
 inline u64 operand(const uint4* tile) { return reinterpret_cast<u64>(tile) / 16; }
-inline void show_writes() {}
 template <int COUNT>
 inline void await_sums(float (&)[COUNT]) { finish_products(0); }
 template <int COUNT>

@@ -31,7 +31,7 @@ struct Barrier {
     std::vector<Action> copies;
 };
 struct Block {
-    std::vector<Line> memory;
+    std::vector<Line> memory, shown;  // the latter is what wgmma sees
     Meeting meetings[16], of_cluster;  // the latter where the first block of a cluster has it
     std::deque<Warp> warps;
     std::map<const void*, Barrier> barriers;
@@ -64,6 +64,10 @@ static Fibre& fibre_here() { return *static_cast<Fibre*>(current); }
 static Block& block_here() { return blocks[fibre_here().home]; }
 static Warp& warp_of(const Fibre& fibre) { return blocks[fibre.home].warps[fibre.thread.x / 32]; }
 static float4* memory_of(Block& block) { return block.memory.data()->vectors; }
+static void show(Block& block, const void* from, size_t bytes) {
+    const size_t place = static_cast<const char*>(from) - reinterpret_cast<const char*>(memory_of(block));
+    std::memcpy(reinterpret_cast<char*>(block.shown.data()) + place, from, bytes);
+}
 [[noreturn]] static void die(const char* why) { std::fprintf(stderr, "%s\n", why), std::abort(); }
 
 // A context is only what a fibre starts with, since to change from one to another is a call of the system each time.
@@ -140,7 +144,8 @@ void await_phase(u64* at, int parity) {
     for (; barrier.phase % 2 == parity; end_phase(barrier)) yield();
 }
 void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at) {
-    const Action bring = [=, map = from] {
+    Block& block = block_here();
+    const Action bring = [=, map = from, &block] {
         u16* numbers = reinterpret_cast<u16*>(to);
         for (int i = 0; i < map.box; i++)
             for (int j = 0; j < 64; j++) {
@@ -148,6 +153,7 @@ void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at) 
                 const long long place = (row + i) * map.columns + column + j;
                 numbers[i * 64 + (j / 8 ^ i % 8) * 8 + j % 8] = there ? map.numbers[place] : 0;
             }
+        show(block, to, map.box * 128);
     };
     Barrier& barrier = block_here().barriers.at(at);
     barrier.asked += from.box * 128, progress++;
@@ -155,10 +161,18 @@ void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at) 
     else barrier.copies.push_back(bring);
 }
 
-// A number of a tile 64 columns wide, whose vectors trade places by their address.
-static u16 number_of(u64 tile, int row, int column) {
+// What threads wrote is seen after this; what the copy engine brought is seen at once.
+void show_writes() {
+    Block& block = block_here();
+    show(block, block_memory(), block.memory.size() * sizeof(Line));
+}
+
+// A number of a tile 64 columns wide, whose vectors trade places by their address; none where somebody wrote since.
+static u32 number_of(u64 tile, int row, int column) {
     const u16* numbers = reinterpret_cast<const u16*>(tile / 64 * 1024);
-    return numbers[row * 64 + ((tile % 8 + column / 8) ^ row % 8) * 8 + column % 8];
+    const u16* number = numbers + row * 64 + ((tile % 8 + column / 8) ^ row % 8) * 8 + column % 8;
+    const u16* shown = reinterpret_cast<const u16*>(block_here().shown.data());
+    return *number == shown[number - reinterpret_cast<const u16*>(block_memory())] ? *number : 0x7fff;
 }
 
 // A product happens when it is waited for, with what shared memory holds then. A is in registers, or lies across.
@@ -210,6 +224,7 @@ static void add_block(Place place, int leader, size_t bytes) {
     Block& block = blocks.emplace_back();
     block.memory.resize((bytes + sizeof(Line) - 1) / sizeof(Line));
     std::fill_n(memory_of(block), bytes / sizeof(float4), float4{NAN, NAN, NAN, NAN});
+    block.shown.resize(block.memory.size());
     const u32 laziest = 1 + chance() % 4;
     for (int warp = 0; warp < block_threads / 32; warp++) block.warps.emplace_back().sloth = chance() % laziest;
     for (u32 thread = 0; thread < (u32)block_threads; thread++) {

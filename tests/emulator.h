@@ -75,6 +75,7 @@ void announce(u64* at, int bytes);
 void await_phase(u64* at, int parity);
 void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at);
 
+void show_writes();
 void begin_tile(float* sums, int count, const u32* a, u64 across, u64 tile, bool add, float (*value)(u32));
 void end_products();
 void finish_products(int younger);
