@@ -18,6 +18,13 @@ inline u32 with_power(u32 bits, u32 mask, u32 power) { return (bits & mask) | po
 inline u32 minus(u32 a, u32 b) {
     return packed(value_of(a & 0xffff) - value_of(b & 0xffff), value_of(a >> 16) - value_of(b >> 16));
 }
+inline u32 flipped(u32 bits, u32 mask, u32 power) { return (bits & mask) ^ power; }
+inline u32 fused(u32 a, u32 b, u32 c) {  // of small integers and powers of two: fp32 rounds nothing
+    const auto one = [&](int shift) {
+        return value_of(a >> shift & 0xffff) * value_of(b >> shift & 0xffff) + value_of(c >> shift & 0xffff);
+    };
+    return packed(one(0), one(16));
+}
 inline u32 times(u32 a, u32 b) {
     return packed(value_of(a & 0xffff) * value_of(b & 0xffff), value_of(a >> 16) * value_of(b >> 16));
 }

@@ -5,8 +5,10 @@
 // unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1).
 //
 // An integer q becomes a float without a conversion: put into the low mantissa bits of a power of two whose last place
-// counts ones, it is that power plus q. Taking the power and the zero-point away at once leaves q - z, which both
-// 16-bit formats hold exactly.
+// counts ones, it is that power plus q. A mantissa has room for several fields of few bits, and a field k places up is
+// the power plus 2^k q: so shifts, which the tensor cores wait for, are needed for every third field only (of two and
+// three bits, in bf16). One operation takes 2^k, the power and the zero-point away and leaves q - z, which both 16-bit
+// formats hold exactly.
 //
 // An E2M1 number has its exponent and mantissa side by side, as a 16-bit float has: moved there it is its value times a
 // power of two, subnormal numbers included. The multiplication that takes the power back multiplies by the group's
@@ -23,7 +25,11 @@ constexpr int VECTORS = LOW / 2;           // 16-byte vectors of a lane in a uni
 constexpr int FIELDS = 16 / LOW;           // of a word: a pair each, even columns below, odd columns above
 constexpr int SPAN = GROUPS < BLOCKS ? BLOCKS / GROUPS : 1;  // blocks under one scale of a lane
 constexpr u32 BOTH = 0x00010001;
+constexpr int MANTISSA = BFLOAT ? 7 : 10;                 // bits
+constexpr bool SPLIT = BFLOAT && BITS == 8;               // a code has one bit more than a mantissa
+constexpr int FREE = SPLIT ? 1 : (MANTISSA - BITS) / LOW + 1;  // fields side by side that fit into one
 constexpr u32 POWER = (BFLOAT ? 0x4300 : 0x6400) * BOTH;  // 128 and 1024
+constexpr u32 UNIT = (BFLOAT ? 0x3f80 : 0x3c00) * BOTH;   // 1
 constexpr u32 MIDDLE = 1u << (BITS - 1);
 constexpr u32 SIGN = 0x8000 * BOTH;
 constexpr u32 ONE = (BFLOAT ? 0x7e80 : 0x7400) * BOTH;  // 2^126 and 2^14: what makes E2M1's bits its value
@@ -125,37 +131,46 @@ __device__ __forceinline__ u32 factor(const Codes& codes, int group, int half) {
     return half ? packed(scale.y, scale.y) : packed(scale.x, scale.x);
 }
 
-// What is taken from a code of rows g (half 0) and g + 8 (half 1), twice in a word.
-__device__ __forceinline__ u32 constant(const Codes& codes, int group, int half) {
+// A power of two as a word has it, divided by 2^k.
+__device__ __forceinline__ u32 lowered(u32 power, int k) { return power - ((u32)k << MANTISSA) * BOTH; }
+
+// What goes to a code of rows g (half 0) and g + 8 (half 1) of a block, twice in a word: it is negative.
+__device__ __forceinline__ u32 constant(const Codes& codes, int block, int half) {
 #if ZERO
-    const u32 zero = half ? codes.zero[group] >> 8 : codes.zero[group] & 255;
+    const u16 both = codes.zero[block / SPAN];
+    const u32 zero = half ? both >> 8 : both & 255;
 #else
     const u32 zero = MIDDLE;
 #endif
-#if BFLOAT && BITS == 8
-    return (__float_as_uint((float)zero - 128.0f) >> 16) * BOTH;
-#else
-    return POWER + zero * BOTH;
-#endif
+    if (SPLIT) return (__float_as_uint(128.0f - (float)zero) >> 16) * BOTH;
+    const int up = field(block, half) % FREE * LOW;
+    return (lowered(POWER, up) + (zero << up) * BOTH) | SIGN;
 }
+
+#if BITS == 3
+// The third bits of one pair of a block, `up` and two places up.
+__device__ __forceinline__ u32 third(const Codes& codes, int pair, int field, int up) {
+    const u32 plane = pair < 2 ? codes.high.x : codes.high.y;
+    const int down = field * 2 + pair % 2 - (up + 2);
+    return (down < 0 ? plane << -down : plane >> down) & (4u << up) * BOTH;
+}
+#endif
 
 // q - z of one pair of a block.
 __device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half, u32 constant) {
-    const u32 bits = word_of(codes, block, pair, half) >> (field(block, half) * LOW);
-#if BFLOAT && BITS == 8
-    // bf16 has room for seven bits behind 128. Codes from 128 on are then 128 too small, which centres them; what is
-    // taken from the others is 256 instead
-    const u32 centred = minus(with_power(bits, 0x7f * BOTH, POWER), with_power(~bits, 0x80 * BOTH, POWER));
-    return ZERO ? minus(centred, constant) : centred;
-#else
-    u32 number = with_power(bits, ((1u << LOW) - 1) * BOTH, POWER);
+    const int at = field(block, half), up = at % FREE * LOW;
+    const u32 bits = word_of(codes, block, pair, half) >> (at * LOW - up);
+    if (SPLIT) {
+        // codes from 128 on are 128 too small then, which centres them; from the others 256 is taken instead
+        const u32 centred =
+            fused(with_power(bits, 0x7f * BOTH, POWER), UNIT, flipped(bits, 0x80 * BOTH, 0xc380 * BOTH));
+        return ZERO ? fused(centred, UNIT, constant) : centred;
+    }
+    u32 number = with_power(bits, (((1u << LOW) - 1) << up) * BOTH, POWER);
 #if BITS == 3
-    const u32 plane = half ? codes.high.y : codes.high.x;
-    const int place = block * 4 + pair;
-    number |= (place < 2 ? plane << (2 - place) : plane >> (place - 2)) & (4 * BOTH);
+    number |= third(codes, pair, at, up);
 #endif
-    return minus(number, constant);
-#endif
+    return fused(number, lowered(UNIT, up), constant);
 }
 #endif
 #endif

@@ -7,10 +7,10 @@ stored ones: `prepare` has an inverse, and what it refuses is multiplied by torc
 A *tile* is 16 rows of Ŵ, a *unit* 128 of their columns; both are padded with zero codes. Lane 4g + t of a warp holds
 rows g and g + 8 (its *halves*) and, of every *block* of 32 columns, columns 8t to 8t + 7 as four *pairs*. The four
 words of a vector are the four pairs: each has fields for several blocks and both halves (row g first), even columns in
-its lower 16 bits and odd ones in its upper. So a product unpacks all of a block by one shift, and where columns are
-wanted in another order, lanes of a row trade whole words (`wide_product.cu`). Three bits do not divide a word: they are
-a plane of their lower two bits and one of the third, two words for the halves with the pairs of all blocks. E2M1 has
-its bits where one shift brings them to those of bf16.
+its lower 16 bits and odd ones in its upper. So a product unpacks all of a block by one shift at most, and where columns
+are wanted in another order, lanes of a row trade whole words (`wide_product.cu`). Three bits do not divide a word: they
+are a plane of their lower two bits and one of the third: two words, of two pairs each, whose bits lie beside each other
+where the first plane has a field. E2M1 has its bits where one shift brings them to those of bf16.
 
 E2M1 with a scale for 16 or 32 columns (NVFP4, MXFP4) keeps a byte per group, and one fp32 factor per row for what is
 left of the scales: NVFP4's tensor scale, the order of magnitude of MX's powers of two.
@@ -147,8 +147,9 @@ def refusal(weight: QTensor) -> str | None:
         return "its scales are neither E4M3 nor powers of two of about one size" if _folded(weight) is None else None
     if group not in (-1, 32, 64) and (group % COLUMNS or (group & (group - 1))):
         return f"groups have {group} columns, not 32, 64, 128 times a power of two, or the whole row"
-    if grid.zero is not None and not bool(((grid.zero >= 0) & (grid.zero <= 255)).all()):
-        return "zero-points lie outside of 0 to 255"
+    most = min(1 << number.bits, 255)
+    if grid.zero is not None and not bool(((grid.zero >= 0) & (grid.zero <= most)).all()):
+        return f"zero-points lie outside of 0 to {most}"
     return None
 
 
@@ -308,14 +309,16 @@ def _unpack(words: Tensor, places: Tensor) -> Tensor:
 
 def _pack_third(bits: Tensor) -> Tensor:
     """The third bits uint8 [16 T, 128 U] as int32 [T, U, 32, 2]."""
-    parts = _by_lane(bits).int().transpose(4, 5).flatten(5, 6)  # tile, unit, g, t, half, pair of a unit, even or odd
+    parts = _by_lane(bits).int().flatten(4, 5).unflatten(5, (2, 2))  # tile, unit, g, t, field, word, pair, even or odd
+    parts = parts.transpose(4, 5).flatten(5, 6)
     return (parts << _shifts(1, bits.device)[..., 0]).sum((-2, -1), dtype=torch.int32).flatten(2, 3)
 
 
 def _unpack_third(words: Tensor) -> Tensor:
     """The inverse of `_pack_third`."""
     parts = words.unflatten(2, (8, 4))[..., None, None] >> _shifts(1, words.device)[..., 0] & 1
-    return _by_row(parts.to(torch.uint8).unflatten(5, (4, 4)).transpose(4, 5))
+    parts = parts.to(torch.uint8).unflatten(5, (8, 2)).transpose(4, 5).flatten(5, 6)
+    return _by_row(parts.unflatten(4, (4, 2)))
 
 
 def _by_lane(codes: Tensor) -> Tensor:

@@ -9,7 +9,8 @@
 //
 // More constants from the host: BIAS; ROWS, TOKENS (tiles of rows and of eight tokens, of a warp); ROW_WARPS, K_WARPS
 // (of a block); CLUSTER (blocks that share rows); DEPTH (units in flight); STAGES (units whose inputs are in shared
-// memory: 0, or 2 and more); LATE (inputs are read when weights are unpacked).
+// memory: 0, or 2 and more); LATE (inputs are read when weights are unpacked); RESIDENT (blocks that a processor has to
+// have registers for, or 0).
 
 constexpr int FRAGMENTS = ROWS * TOKENS;
 
@@ -96,7 +97,7 @@ typedef float Sums[ROWS][TOKENS][4];
 __device__ __forceinline__ void unpack(u32 (&a)[8], const Codes& codes, int block) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const u32 taken = constant(codes, block / SPAN, half);
+        const u32 taken = constant(codes, block, half);
 #pragma unroll
         for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes, block, p, half, taken);
     }
@@ -148,7 +149,13 @@ __device__ __forceinline__ void add(float4& sum, const float4& other) {
 #define TOGETHER
 #endif
 
-extern "C" __global__ void __launch_bounds__(ROW_WARPS * K_WARPS * 32) TOGETHER product(
+#if RESIDENT
+#define BOUNDS __launch_bounds__(ROW_WARPS * K_WARPS * 32, RESIDENT)
+#else
+#define BOUNDS __launch_bounds__(ROW_WARPS * K_WARPS * 32)
+#endif
+
+extern "C" __global__ void BOUNDS TOGETHER product(
     const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
     const u16* __restrict__ zero, const float* __restrict__ by_row, const float* __restrict__ by_token,
     const uint4* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int outputs,

@@ -24,6 +24,16 @@ __device__ __forceinline__ u32 minus(u32 a, u32 b) {  // two 16-bit floats at on
     return d;
 }
 
+__device__ __forceinline__ u32 fused(u32 a, u32 b, u32 c) {  // a b + c of two 16-bit floats, rounded once
+    u32 d;
+#if BFLOAT
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#else
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+#endif
+    return d;
+}
+
 __device__ __forceinline__ u32 times(u32 a, u32 b) {  // likewise; subnormal numbers count
     u32 d;
 #if BFLOAT
@@ -39,6 +49,13 @@ __device__ __forceinline__ u32 times(u32 a, u32 b) {  // likewise; subnormal num
 __device__ __forceinline__ u32 with_power(u32 bits, u32 mask, u32 power) {
     u32 d;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(bits), "r"(mask), "r"(power));
+    return d;
+}
+
+// (bits & mask) ^ power, likewise.
+__device__ __forceinline__ u32 flipped(u32 bits, u32 mask, u32 power) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(bits), "r"(mask), "r"(power));
     return d;
 }
 

@@ -9,7 +9,7 @@ costs nothing beside them, is left to the library's product on a scratch copy in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Literal, cast
 
@@ -32,17 +32,6 @@ _SHARED = 200 * 1024
 """Bytes of shared memory that a plan may take."""
 Kind = Literal["int2", "int3", "int4", "int4 of fp16", "int8", "floats", "bytes"]
 """What codes are, as far as plans differ: integers by their bits, E2M1, and codes whose inputs are codes too."""
-_ONE: dict[Kind, tuple[bool, tuple[int, int, int, bool]]] = {
-    "int4": (False, (1, 8, 1, True)),
-    "int4 of fp16": (True, (2, 8, 1, False)),
-    "int2": (True, (2, 8, 1, True)),
-    "int3": (True, (1, 16, 1, False)),
-    "int8": (False, (2, 4, 2, False)),
-    "floats": (True, (1, 8, 1, False)),
-    "bytes": (True, (1, 8, 1, False)),
-}
-"""For one tile of tokens: whether codes take so many registers that two blocks of 16 warps have no room on a processor
-beside each other, where one of 32 has; and, for many tiles of rows, rows, k_warps, depth and late."""
 _WIDE = {2: (28, 1, 2), 3: (28, 1, 3), 4: (28, 1, 3)}
 """Most warps of a block, depth and stages, by tiles of tokens: where more than four tiles of rows share x."""
 _NARROW = {2: (32, 1, 3), 3: (16, 1, 3), 4: (20, 2, 3)}
@@ -64,6 +53,8 @@ class Plan:
     stages: int
     late: bool = False
     """Inputs are read when weights are unpacked, and not before."""
+    resident: int = 0
+    """Blocks for which a processor has registers; 0 leaves it to the compiler."""
 
     @property
     def shared(self) -> int:
@@ -177,6 +168,19 @@ def start(
     )
 
 
+_ONE: dict[Kind, tuple[bool, Plan]] = {
+    "int4": (False, Plan(1, 1, 1, 8, 1, 1, 0, late=True)),
+    "int4 of fp16": (True, Plan(2, 1, 1, 8, 1, 1, 0)),
+    "int2": (True, Plan(2, 1, 1, 8, 1, 1, 0, late=True, resident=4)),
+    "int3": (True, Plan(1, 1, 1, 16, 1, 1, 0)),
+    "int8": (False, Plan(2, 1, 1, 4, 1, 2, 0)),
+    "floats": (True, Plan(1, 1, 1, 8, 1, 1, 0)),
+    "bytes": (True, Plan(1, 1, 1, 8, 1, 1, 0)),
+}
+"""For one tile of tokens: whether codes take so many registers that two blocks of 16 warps have no room on a processor
+beside each other, where one of 32 has; and the plan for many tiles of rows."""
+
+
 @cache
 def _plan(tokens: int, tiles: int, units: int, processors: int, kind: Kind) -> Plan:
     """The plan for tiles of eight tokens, tiles of rows and units of columns: rules read off searches on Hopper.
@@ -185,12 +189,12 @@ def _plan(tokens: int, tiles: int, units: int, processors: int, kind: Kind) -> P
     of several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
     """
     if tokens == 1:
-        thick, (rows, k_warps, depth, late) = _ONE[kind]
+        thick, many = _ONE[kind]
         if kind == "int4 of fp16" and units > 64 and 2 * tiles < 7 * processors:
             return Plan(1, 1, 1, 16, 1, 2, 0)
         if 2 * tiles < 7 * processors:
             return Plan(1, 1, 2 if thick and processors < tiles <= 2 * processors else 1, min(units, 16), 1, 1, 0)
-        return Plan(rows, 1, 1, min(units, k_warps), 1, depth, 0, late)
+        return replace(many, k_warps=min(units, many.k_warps))
     short = units <= 64
     if tokens == 2 and not short and tiles <= 2 * processors:
         return Plan(2, 2, 2, min(units // 2, 8), 2, 1, 3)

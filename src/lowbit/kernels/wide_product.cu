@@ -61,14 +61,16 @@ struct Inputs {
 // --- codes ----------------------------------------------------------------------------------------------------------
 
 #if BITS == 3
-// Fields of a word trade places between lanes: an odd one of a lane whose number has this bit clear for an even one of
-// the lane whose number has it set. KEPT are the even fields.
-template <int BIT, int FIELD, u32 KEPT>
-__device__ __forceinline__ u32 trade(u32 word, int lane) {
-    const bool upper = lane & BIT;
-    const u32 other = __shfl_xor_sync(0xffffffff, word, BIT);
-    const u32 moved = __funnelshift_l(other, other, upper ? 32 - FIELD : FIELD), mine = upper ? ~KEPT : KEPT;
-    return (word & mine) | (moved & ~mine);
+// Pairs of third bits trade places between the four lanes of a row. Lanes whose numbers differ in the last bit trade
+// fields: an odd one of the lower lane for an even one of the upper. Those that differ in the other bit trade words.
+__device__ __forceinline__ uint2 traded(uint2 words, int lane) {
+    constexpr u32 EVEN = 0x55555555;
+    const auto fields = [lane](u32 word) {
+        const u32 other = __shfl_xor_sync(0xffffffff, word, 1);
+        return lane & 1 ? (word & ~EVEN) | (other >> 1 & EVEN) : (word & EVEN) | (other << 1 & ~EVEN);
+    };
+    const u32 x = fields(words.x), y = fields(words.y), other = __shfl_xor_sync(0xffffffff, lane & 2 ? x : y, 2);
+    return lane & 2 ? uint2{other, y} : uint2{x, other};
 }
 #endif
 
@@ -122,9 +124,7 @@ struct Ring {
         }
         at += LOW_VECTORS;
 #if BITS == 3
-        codes.high = reinterpret_cast<const uint2*>(at)[lane];
-        codes.high.x = trade<2, 2, 0x33333333>(trade<1, 1, 0x55555555>(codes.high.x, lane), lane);
-        codes.high.y = trade<2, 2, 0x33333333>(trade<1, 1, 0x55555555>(codes.high.y, lane), lane);
+        codes.high = traded(reinterpret_cast<const uint2*>(at)[lane], lane);
         at += HIGH_VECTORS;
 #endif
         const Scales* scales = reinterpret_cast<const Scales*>(at);
@@ -156,7 +156,7 @@ __device__ __forceinline__ void unpack(u32 (&a)[2][4], const Codes& codes, int b
             const u32 taken = constant(codes, block, half, GROUPS == 8 ? p / 2 : 0);
             a[p / 2][p % 2 * 2 + half] = levels(codes, block, p, half, taken);
 #else
-            const u32 level = levels(codes, block, p, half, constant(codes, block / SPAN, half));
+            const u32 level = levels(codes, block, p, half, constant(codes, block, half));
             a[p / 2][p % 2 * 2 + half] = times(level, scale);
 #endif
         }
