@@ -2,13 +2,13 @@
 //
 // The host writes these constants in front: BITS (2, 3, 4, 8), E2M1 (codes are floats of 4 bits, else integers), BFLOAT
 // (bf16, else fp16), ZERO (zero-points are stored), WIDE (scales are fp32, else fp16), GROUPS (scales of a row in a
-// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1).
+// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1), TRADED (lanes have traded what they loaded: see wide_product.cu).
 //
 // An integer q becomes a float without a conversion: put into the low mantissa bits of a power of two whose last place
 // counts ones, it is that power plus q. A mantissa has room for several fields of few bits, and a field k places up is
-// the power plus 2^k q: so shifts, which the tensor cores wait for, are needed for every third field only (of two and
-// three bits, in bf16). One operation takes 2^k, the power and the zero-point away and leaves q - z, which both 16-bit
-// formats hold exactly.
+// the power plus 2^k q: so shifts, which the tensor cores wait for, are needed for every second field only (of three
+// bits, in bf16; of two bits for every third). One operation takes 2^k, the power and the zero-point away and leaves
+// q - z, which both 16-bit formats hold exactly.
 //
 // An E2M1 number has its exponent and mantissa side by side, as a 16-bit float has: moved there it is its value times a
 // power of two, subnormal numbers included. The multiplication that takes the power back multiplies by the group's
@@ -20,14 +20,13 @@ __device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_flo
 
 #if !BYTES
 constexpr int BLOCKS = 4;                  // of 32 columns in a unit: what 16 bytes of inputs to a lane are
-constexpr int LOW = BITS == 3 ? 2 : BITS;  // 3 bits are two planes, of two bits and of one
-constexpr int VECTORS = LOW / 2;           // 16-byte vectors of a lane in a unit
-constexpr int FIELDS = 16 / LOW;           // of a word: a pair each, even columns below, odd columns above
+constexpr int VECTORS = BITS == 3 ? 1 : BITS / 2;  // 16-byte vectors of a lane in a unit; of 3 bits half a one more
+constexpr int FIELDS = 16 / BITS;                  // of a word: a pair each, even columns below, odd columns above
 constexpr int SPAN = GROUPS < BLOCKS ? BLOCKS / GROUPS : 1;  // blocks under one scale of a lane
 constexpr u32 BOTH = 0x00010001;
-constexpr int MANTISSA = BFLOAT ? 7 : 10;                 // bits
-constexpr bool SPLIT = BFLOAT && BITS == 8;               // a code has one bit more than a mantissa
-constexpr int FREE = SPLIT ? 1 : (MANTISSA - BITS) / LOW + 1;  // fields side by side that fit into one
+constexpr int MANTISSA = BFLOAT ? 7 : 10;                      // bits
+constexpr bool SPLIT = BFLOAT && BITS == 8;                    // a code has one bit more than a mantissa
+constexpr int FREE = SPLIT ? 1 : MANTISSA / BITS;              // fields side by side that fit into one
 constexpr u32 POWER = (BFLOAT ? 0x4300 : 0x6400) * BOTH;  // 128 and 1024
 constexpr u32 UNIT = (BFLOAT ? 0x3f80 : 0x3c00) * BOTH;   // 1
 constexpr u32 MIDDLE = 1u << (BITS - 1);
@@ -49,6 +48,9 @@ struct Codes {
     uint4 low[VECTORS];
 #if BITS == 3
     uint2 high;
+#if TRADED
+    u32 last;  // the pairs of the last half block
+#endif
 #endif
     Scales scale[E2M1 ? 2 : GROUPS];  // of E2M1, the second one where a lane's columns are of both groups of a block
 #if ZERO
@@ -85,10 +87,23 @@ struct Weight {
     }
 };
 
-// Where a pair is: block, pair and half are constants once loops are unrolled.
-__device__ __forceinline__ int field(int block, int half) { return (block * 2 + half) % FIELDS; }
+// Where a pair is: block, pair and half are constants once loops are unrolled. Of 3 bits a word has five fields: words
+// 0 to 3 those of a pair, the two behind them what is left of two pairs each, but for one that is GATHERED.
+constexpr int GATHERED = 5;
+__device__ __forceinline__ int slot(int block, int pair, int half) {
+    const int place = block * 2 + half;
+    if (BITS != 3) return place % FIELDS;
+    return place < FIELDS ? place : TRADED && place == 7 ? pair : (place - FIELDS) * 2 + pair % 2;
+}
 __device__ __forceinline__ u32 word_of(const Codes& codes, int block, int pair, int half) {
-    const uint4 v = codes.low[(block * 2 + half) / FIELDS];
+    const int place = block * 2 + half;
+#if BITS == 3
+#if TRADED
+    if (place == 7) return codes.last;
+#endif
+    if (place >= FIELDS) return pair < 2 ? codes.high.x : codes.high.y;
+#endif
+    const uint4 v = codes.low[place / FIELDS];
     return pair == 0 ? v.x : pair == 1 ? v.y : pair == 2 ? v.z : v.w;
 }
 
@@ -113,7 +128,7 @@ __device__ __forceinline__ u32 constant(const Codes& codes, int block, int half,
 // has them; the fourth is in what they leave of the 16 bits.
 __device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half, u32 constant) {
     constexpr int UP = BFLOAT ? 0 : 3;
-    const u32 word = word_of(codes, block, pair, half), step = field(block, half);
+    const u32 word = word_of(codes, block, pair, half), step = slot(block, pair, half);
     if (step == 3) {
         const u32 mantissa = word >> (7 - UP) & (0x0040 << UP) * BOTH;
         const u32 size = with_power(word >> (3 - UP), (0x0180 << UP) * BOTH, mantissa);
@@ -134,8 +149,11 @@ __device__ __forceinline__ u32 factor(const Codes& codes, int group, int half) {
 // A power of two as a word has it, divided by 2^k.
 __device__ __forceinline__ u32 lowered(u32 power, int k) { return power - ((u32)k << MANTISSA) * BOTH; }
 
-// What goes to a code of rows g (half 0) and g + 8 (half 1) of a block, twice in a word: it is negative.
-__device__ __forceinline__ u32 constant(const Codes& codes, int block, int half) {
+// How far up in a mantissa the field of a slot is looked at.
+__device__ __forceinline__ int place_up(int slot) { return slot == GATHERED && BITS == 3 ? 0 : slot % FREE * BITS; }
+
+// What goes to a code of a pair of a block, twice in a word: it is negative.
+__device__ __forceinline__ u32 constant(const Codes& codes, int block, int pair, int half) {
 #if ZERO
     const u16 both = codes.zero[block / SPAN];
     const u32 zero = half ? both >> 8 : both & 255;
@@ -143,34 +161,36 @@ __device__ __forceinline__ u32 constant(const Codes& codes, int block, int half)
     const u32 zero = MIDDLE;
 #endif
     if (SPLIT) return (__float_as_uint(128.0f - (float)zero) >> 16) * BOTH;
-    const int up = field(block, half) % FREE * LOW;
+    const int up = place_up(slot(block, pair, half));
     return (lowered(POWER, up) + (zero << up) * BOTH) | SIGN;
 }
 
 #if BITS == 3
-// The third bits of one pair of a block, `up` and two places up.
-__device__ __forceinline__ u32 third(const Codes& codes, int pair, int field, int up) {
-    const u32 plane = pair < 2 ? codes.high.x : codes.high.y;
-    const int down = field * 2 + pair % 2 - (up + 2);
-    return (down < 0 ? plane << -down : plane >> down) & (4u << up) * BOTH;
+// The pair of which three words have a bit, their last.
+__device__ __forceinline__ u32 gathered(const Codes& codes, int pair) {
+    const uint4 low = codes.low[0];
+    const u32 first = pair < 2 ? low.x : low.z, second = pair < 2 ? low.y : low.w;
+    const u32 third = pair < 2 ? codes.high.x : codes.high.y;
+    return with_power(first >> 15, BOTH, POWER) | (second >> 14 & 2 * BOTH) | (third >> 13 & 4 * BOTH);
 }
 #endif
 
-// q - z of one pair of a block.
-__device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half, u32 constant) {
-    const int at = field(block, half), up = at % FREE * LOW;
-    const u32 bits = word_of(codes, block, pair, half) >> (at * LOW - up);
+// q - z of one pair of a block; rows are g for half 0 and g + 8 for half 1.
+__device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half) {
+    const u32 taken = constant(codes, block, pair, half), word = word_of(codes, block, pair, half);
+    const int at = slot(block, pair, half), up = place_up(at);
     if (SPLIT) {
         // codes from 128 on are 128 too small then, which centres them; from the others 256 is taken instead
+        const u32 bits = word >> at * 8;
         const u32 centred =
             fused(with_power(bits, 0x7f * BOTH, POWER), UNIT, flipped(bits, 0x80 * BOTH, 0xc380 * BOTH));
-        return ZERO ? fused(centred, UNIT, constant) : centred;
+        return ZERO ? fused(centred, UNIT, taken) : centred;
     }
-    u32 number = with_power(bits, (((1u << LOW) - 1) << up) * BOTH, POWER);
 #if BITS == 3
-    number |= third(codes, pair, at, up);
+    if (at == GATHERED) return fused(gathered(codes, pair), UNIT, taken);
 #endif
-    return fused(number, lowered(UNIT, up), constant);
+    const u32 number = with_power(word >> (at * BITS - up), (((1u << BITS) - 1) << up) * BOTH, POWER);
+    return fused(number, lowered(UNIT, up), taken);
 }
 #endif
 #endif

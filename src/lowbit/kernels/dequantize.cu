@@ -28,11 +28,16 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
         for (int half = 0; half < 2; half++) {
             const int row = tile * 16 + half * 8 + lane / 4;
             if (row >= outputs || vector >= vectors) continue;
-            const u32 taken = E2M1 ? ONE : constant(codes, block, half);
             const float by = (half ? both.y : both.x) * (E2M1 ? by_row[row] : 1.0f);
             u32 values[4];
 #pragma unroll
-            for (int p = 0; p < 4; p++) values[p] = scaled(levels(codes, block, p, half, taken), by);
+            for (int p = 0; p < 4; p++) {
+#if E2M1
+                values[p] = scaled(levels(codes, block, p, half, ONE), by);
+#else
+                values[p] = scaled(levels(codes, block, p, half), by);
+#endif
+            }
             out[row * vectors + vector] = make_uint4(values[0], values[1], values[2], values[3]);
         }
     }

@@ -8,9 +8,10 @@ A *tile* is 16 rows of Ŵ, a *unit* 128 of their columns; both are padded with z
 rows g and g + 8 (its *halves*) and, of every *block* of 32 columns, columns 8t to 8t + 7 as four *pairs*. The four
 words of a vector are the four pairs: each has fields for several blocks and both halves (row g first), even columns in
 its lower 16 bits and odd ones in its upper. So a product unpacks all of a block by one shift at most, and where columns
-are wanted in another order, lanes of a row trade whole words (`wide_product.cu`). Three bits do not divide a word: they
-are a plane of their lower two bits and one of the third: two words, of two pairs each, whose bits lie beside each other
-where the first plane has a field. E2M1 has its bits where one shift brings them to those of bf16.
+are wanted in another order, lanes of a row trade whole words (`wide_product.cu`). Three bits do not divide a word's
+half, which has five codes and a bit. So the four words have five of eight fields each, two more words what is left of
+two pairs each but for a code, and that has a bit of three words. E2M1 has its bits where one shift brings them to those
+of bf16.
 
 E2M1 with a scale for 16 or 32 columns (NVFP4, MXFP4) keeps a byte per group, and one fp32 factor per row for what is
 left of the scales: NVFP4's tensor scale, the order of magnitude of MX's powers of two.
@@ -36,6 +37,8 @@ ROWS, COLUMNS = 16, 128
 WIDTHS = (2, 3, 4, 8)
 _PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14))
 """Bits of a word's half in which E2M1's mantissa, exponent and sign lie, by field."""
+_BITS, _LAST = torch.tensor([[0], [1], [2]], dtype=torch.int32), torch.tensor([15, 31], dtype=torch.int32)
+"""Bits of a code of 3 that is gathered, and where words have one: in an even column's half and in an odd one's."""
 _TOP = 8
 """Exponent of a row's largest scale over its factor: E4M3's largest."""
 _SPREAD = 24
@@ -50,9 +53,9 @@ class Prepared:
     """
 
     low: Tensor
-    """The codes, of 3 bits the lower two: int32 [T, U, V, 32, 4]."""
+    """The codes: int32 [T, U, V, 32, 4]."""
     high: Tensor | None
-    """The third of 3 bits: int32 [T, U, 32, 2]."""
+    """Those of 3 bits that four words have no room for: int32 [T, U, 32, 2]."""
     scale: Tensor
     """fp16 where that is exact, else fp32: [T, G, 8, 2], row g of a tile beside row g + 8. Of E2M1 uint8
     [T, U, 8, groups in a block, 4 blocks, 2]: bits 7 to 14 of 2^7 times the scale as fp16."""
@@ -90,7 +93,7 @@ class Prepared:
         )
 
     def pointers(self) -> list[Tensor]:
-        """Codes, the third bits, scales, zero-points, factors; codes stand for what is not there and not looked at."""
+        """Codes, more of 3 bits, scales, zero-points, factors; codes stand for what is not there and not looked at."""
         parts = (self.high, self.scale, self.zero, self.factor)
         return [self.low, *(self.low if part is None else part for part in parts)]
 
@@ -172,10 +175,11 @@ def prepare(weight: QTensor) -> Prepared:
     else:
         scale, zero = (None if part is None else _by_tile(part, shape, group) for part in (grid.scale, grid.zero))
         assert scale is not None
-        half = scale.half()
+        half, codes = scale.half(), _whole_tiles(codes)
+        low, high = _pack_threes(codes) if bits == 3 else (_pack(codes, _shifts(bits, codes.device)), None)
         prepared = Prepared(
-            _pack(_whole_tiles(codes & 3 if bits == 3 else codes), _shifts(2 if bits == 3 else bits, codes.device)),
-            _pack_third(_whole_tiles(codes >> 2)) if bits == 3 else None,
+            low,
+            high,
             half if torch.equal(half.float(), scale) else scale,
             None if zero is None or _implied(weight) else zero.to(torch.uint8),
             None,
@@ -197,9 +201,10 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor]:
         scale = (weight.scale.to(torch.int16) << 7).view(torch.float16).float() * 2.0**-7
         scale = scale.permute(0, 5, 2, 1, 4, 3).flatten(3).flatten(0, 2)[:rows, :groups] * weight.factor[:, None]
         return codes[:rows, :columns], scale, torch.zeros_like(scale)
-    codes = _unpack(weight.low, _shifts(2 if weight.bits == 3 else weight.bits, weight.low.device))
     if weight.high is not None:
-        codes |= _unpack_third(weight.high) << 2
+        codes = _unpack_threes(weight.low, weight.high)
+    else:
+        codes = _unpack(weight.low, _shifts(weight.bits, weight.low.device))
     zero = torch.full_like(weight.scale, 1 << (weight.bits - 1)) if weight.zero is None else weight.zero
     scale, zero = (part.float().permute(0, 3, 2, 1).flatten(0, 2)[:rows, :groups] for part in (weight.scale, zero))
     return codes[:rows, :columns], scale, zero
@@ -307,18 +312,29 @@ def _unpack(words: Tensor, places: Tensor) -> Tensor:
     return _by_row(parts.flatten(4, 5).unflatten(4, (4, 2)))
 
 
-def _pack_third(bits: Tensor) -> Tensor:
-    """The third bits uint8 [16 T, 128 U] as int32 [T, U, 32, 2]."""
-    parts = _by_lane(bits).int().flatten(4, 5).unflatten(5, (2, 2))  # tile, unit, g, t, field, word, pair, even or odd
-    parts = parts.transpose(4, 5).flatten(5, 6)
-    return (parts << _shifts(1, bits.device)[..., 0]).sum((-2, -1), dtype=torch.int32).flatten(2, 3)
+def _pack_threes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 3 bits uint8 [16 T, 128 U] as int32 [T, U, 1, 32, 4] and [T, U, 32, 2]."""
+    shifts = _shifts(3, codes.device)[..., 0]  # field, even or odd
+    parts = _by_lane(codes).int().flatten(4, 5)  # tile, unit, g, t, field, pair, even or odd
+    four = (parts[:, :, :, :, :5].transpose(4, 5) << shifts).sum((-2, -1), dtype=torch.int32)
+    rest = parts[:, :, :, :, 5:].unflatten(5, (2, 2)).transpose(4, 5).flatten(5, 6)  # word, field, even or odd
+    two = (rest[..., :5, :] << shifts).sum((-2, -1), dtype=torch.int32)
+    bits = (rest[..., 5, None, :] >> _BITS.to(codes.device) & 1) << _LAST.to(codes.device)  # word, bit, even or odd
+    bits = bits.sum(-1, dtype=torch.int32)
+    four, two = four + bits[..., :2].flatten(4, 5), two + bits[..., 2]  # wraps
+    return four.flatten(2, 3)[:, :, None].contiguous(), two.flatten(2, 3).contiguous()
 
 
-def _unpack_third(words: Tensor) -> Tensor:
-    """The inverse of `_pack_third`."""
-    parts = words.unflatten(2, (8, 4))[..., None, None] >> _shifts(1, words.device)[..., 0] & 1
-    parts = parts.to(torch.uint8).unflatten(5, (8, 2)).transpose(4, 5).flatten(5, 6)
-    return _by_row(parts.unflatten(4, (4, 2)))
+def _unpack_threes(low: Tensor, high: Tensor) -> Tensor:
+    """The inverse of `_pack_threes`."""
+    shifts = _shifts(3, low.device)[..., 0]
+    four, two = low[:, :, 0].unflatten(2, (8, 4)), high.unflatten(2, (8, 4))
+    first = (four[..., None, None] >> shifts & 7).transpose(4, 5)  # tile, unit, g, t, field, pair, even or odd
+    words = torch.cat([four.unflatten(4, (2, 2)), two[..., None]], -1)[..., None]  # of a code that is gathered
+    gathered = ((words >> _LAST.to(low.device) & 1) << _BITS.to(low.device)).sum(-2, dtype=torch.int32)
+    rest = torch.cat([two[..., None, None] >> shifts & 7, gathered[..., None, :]], 5)
+    rest = rest.unflatten(5, (3, 2)).transpose(4, 5).flatten(5, 6)
+    return _by_row(torch.cat([first, rest], 4).to(torch.uint8).unflatten(4, (4, 2)))
 
 
 def _by_lane(codes: Tensor) -> Tensor:

@@ -96,11 +96,15 @@ typedef float Sums[ROWS][TOKENS][4];
 // Operand A of 32 columns: two steps of four registers.
 __device__ __forceinline__ void unpack(u32 (&a)[8], const Codes& codes, int block) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const u32 taken = constant(codes, block, half);
+    for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes, block, p, half, taken);
-    }
+        for (int p = 0; p < 4; p++) {
+#if E2M1
+            a[p * 2 + half] = levels(codes, block, p, half, constant(codes, block, half));
+#else
+            a[p * 2 + half] = levels(codes, block, p, half);
+#endif
+        }
 }
 
 template <class Read>

@@ -61,16 +61,25 @@ struct Inputs {
 // --- codes ----------------------------------------------------------------------------------------------------------
 
 #if BITS == 3
-// Pairs of third bits trade places between the four lanes of a row. Lanes whose numbers differ in the last bit trade
-// fields: an odd one of the lower lane for an even one of the upper. Those that differ in the other bit trade words.
-__device__ __forceinline__ uint2 traded(uint2 words, int lane) {
-    constexpr u32 EVEN = 0x55555555;
-    const auto fields = [lane](u32 word) {
-        const u32 other = __shfl_xor_sync(0xffffffff, word, 1);
-        return lane & 1 ? (word & ~EVEN) | (other >> 1 & EVEN) : (word & EVEN) | (other << 1 & ~EVEN);
-    };
-    const u32 x = fields(words.x), y = fields(words.y), other = __shfl_xor_sync(0xffffffff, lane & 2 ? x : y, 2);
-    return lane & 2 ? uint2{other, y} : uint2{x, other};
+constexpr u32 FIRST_OF_TWO = 0x1c7 * BOTH, FIRST_TWO = 0x3f * BOTH;  // fields
+
+// Fields of a word trade places between lanes: later ones of the lane whose number has this bit clear for earlier ones
+// of the lane whose number has it set. Those of words trade places themselves.
+template <int BIT, int BY, u32 EARLIER>
+__device__ __forceinline__ u32 trade(u32 word, int lane) {
+    const u32 other = __shfl_xor_sync(0xffffffff, word, BIT);
+    return lane & BIT ? (word & ~EARLIER) | (other >> BY & EARLIER) : (word & EARLIER) | (other << BY & ~EARLIER);
+}
+__device__ __forceinline__ uint2 trade_words(uint2 words, int lane) {
+    const u32 other = __shfl_xor_sync(0xffffffff, lane & 2 ? words.x : words.y, 2);
+    return lane & 2 ? uint2{other, words.y} : uint2{words.x, other};
+}
+
+// Pairs of the last half block beside each other: two are fields, two have their bits in all words of a lane.
+__device__ __forceinline__ u32 last_pairs(const uint4& low, const uint2& high) {
+    const u32 first = (high.x >> 12 & 7 * BOTH) | (low.x >> 12 & 8 * BOTH) | (low.y >> 11 & 16 * BOTH);
+    const u32 second = (high.x >> 10 & 32 * BOTH) | (high.y >> 6 & 0x1c0 * BOTH) | (low.z >> 6 & 0x200 * BOTH);
+    return first | second | (low.w >> 5 & 0x400 * BOTH) | (high.y >> 4 & 0x800 * BOTH);
 }
 #endif
 
@@ -124,7 +133,12 @@ struct Ring {
         }
         at += LOW_VECTORS;
 #if BITS == 3
-        codes.high = traded(reinterpret_cast<const uint2*>(at)[lane], lane);
+        codes.high = reinterpret_cast<const uint2*>(at)[lane];
+        codes.last = last_pairs(at[spread(lane) - LOW_VECTORS], codes.high);
+        codes.last = trade<2, 6, FIRST_TWO>(trade<1, 3, FIRST_OF_TWO>(codes.last, lane), lane);
+        codes.high.x = trade<1, 3, FIRST_OF_TWO>(codes.high.x, lane);
+        codes.high.y = trade<1, 3, FIRST_OF_TWO>(codes.high.y, lane);
+        codes.high = trade_words(codes.high, lane);
         at += HIGH_VECTORS;
 #endif
         const Scales* scales = reinterpret_cast<const Scales*>(at);
@@ -156,8 +170,7 @@ __device__ __forceinline__ void unpack(u32 (&a)[2][4], const Codes& codes, int b
             const u32 taken = constant(codes, block, half, GROUPS == 8 ? p / 2 : 0);
             a[p / 2][p % 2 * 2 + half] = levels(codes, block, p, half, taken);
 #else
-            const u32 level = levels(codes, block, p, half, constant(codes, block, half));
-            a[p / 2][p % 2 * 2 + half] = times(level, scale);
+            a[p / 2][p % 2 * 2 + half] = times(levels(codes, block, p, half), scale);
 #endif
         }
     }
