@@ -90,13 +90,13 @@ __device__ __forceinline__ int spread(int lane) { return lane ^ lane / 8; }
 struct Ring {
     uint4* slots;      // [STAGES][UNIT_VECTORS]
     const uint4* low;  // what this lane fetches of the first unit
-    const uint4* third;
+    const uint4* high;
     const char* scale;  // or zero-points
     int lane, shift;
 
     __device__ __forceinline__ Ring(const Weight& weight, uint4* slots, int tile, int lane)
         : slots(slots), low(weight.low + tile * weight.units * LOW_VECTORS + lane),
-          third(reinterpret_cast<const uint4*>(weight.high) + tile * weight.units * HIGH_VECTORS + lane),
+          high(reinterpret_cast<const uint4*>(weight.high) + tile * weight.units * HIGH_VECTORS + lane),
           lane(lane), shift(weight.shift) {
         const long long group = tile * (E2M1 ? weight.units * GROUPS : weight.groups);
         const bool zeros = ZERO && lane >= SCALE_VECTORS;
@@ -111,7 +111,7 @@ struct Ring {
             for (int v = 0; v < VECTORS; v++)
                 copy(to + v * 32 + spread(lane), low + unit * LOW_VECTORS + v * 32, true);
             to += LOW_VECTORS + lane;
-            if (HIGH_VECTORS && lane < HIGH_VECTORS) copy(to, third + unit * HIGH_VECTORS, true);
+            if (HIGH_VECTORS && lane < HIGH_VECTORS) copy(to, high + unit * HIGH_VECTORS, true);
             const int group = GROUPS == 1 ? unit >> shift : unit * GROUPS;
             const int bytes = E2M1 || (ZERO && lane >= SCALE_VECTORS) ? 16 : 32;  // of a group
             if (lane < SCALE_VECTORS + ZERO_VECTORS)
