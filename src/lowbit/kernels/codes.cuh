@@ -19,18 +19,18 @@
 __device__ __forceinline__ float exact(u16 bits) { return BFLOAT ? __uint_as_float((u32)bits << 16) : floats(bits).x; }
 
 #if !BYTES
-constexpr int BLOCKS = 4;                  // of 32 columns in a unit: what 16 bytes of inputs to a lane are
-constexpr int VECTORS = BITS == 3 ? 1 : BITS / 2;  // 16-byte vectors of a lane in a unit; of 3 bits half a one more
-constexpr int FIELDS = 16 / BITS;                  // of a word: a pair each, even columns below, odd columns above
+constexpr int BLOCKS = 4;  // of 32 columns in a unit: what 16 bytes of inputs to a lane are
 constexpr int SPAN = GROUPS < BLOCKS ? BLOCKS / GROUPS : 1;  // blocks under one scale of a lane
+constexpr int VECTORS = BITS == 3 ? 1 : BITS / 2;            // 16-byte vectors of a lane in a unit
+constexpr int FIELDS = 16 / BITS;                  // of a word: a pair each, even columns below, odd columns above
+constexpr int MANTISSA = BFLOAT ? 7 : 10;          // bits
+constexpr bool SPLIT = BFLOAT && BITS == 8;        // a code has one bit more than a mantissa
+constexpr int FREE = SPLIT ? 1 : MANTISSA / BITS;  // fields side by side that fit into one
 constexpr u32 BOTH = 0x00010001;
-constexpr int MANTISSA = BFLOAT ? 7 : 10;                      // bits
-constexpr bool SPLIT = BFLOAT && BITS == 8;                    // a code has one bit more than a mantissa
-constexpr int FREE = SPLIT ? 1 : MANTISSA / BITS;              // fields side by side that fit into one
+constexpr u32 SIGN = 0x8000 * BOTH;
 constexpr u32 POWER = (BFLOAT ? 0x4300 : 0x6400) * BOTH;  // 128 and 1024
 constexpr u32 UNIT = (BFLOAT ? 0x3f80 : 0x3c00) * BOTH;   // 1
 constexpr u32 MIDDLE = 1u << (BITS - 1);
-constexpr u32 SIGN = 0x8000 * BOTH;
 constexpr u32 ONE = (BFLOAT ? 0x7e80 : 0x7400) * BOTH;  // 2^126 and 2^14: what makes E2M1's bits its value
 constexpr float FOLDED = 128.0f;                        // what scales in the values are too small by
 
@@ -47,9 +47,9 @@ typedef u32 Scales;
 struct Codes {
     uint4 low[VECTORS];
 #if BITS == 3
-    uint2 high;
+    uint2 high;  // what four words have no room for
 #if TRADED
-    u32 last;  // the pairs of the last half block
+    u32 last;  // the pairs of the last half of the last block
 #endif
 #endif
     Scales scale[E2M1 ? 2 : GROUPS];  // of E2M1, the second one where a lane's columns are of both groups of a block
