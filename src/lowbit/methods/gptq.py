@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar, Literal
 
 import torch
@@ -190,7 +190,7 @@ def _turned(dropped: Tensor | None, columns: Tensor) -> Tensor | None:
 class Columns:
     """Rounds one column at a time with its group's scale, and remembers the levels.
 
-    This runs once per column, so every view is made beforehand, and the integer case spells `to_levels` out with the
+    This runs once per column, so every view is made once, and the integer case spells `to_levels` out with the
     limits of each group worked out once. `dropped` [I, O] marks the values that become zero whatever their levels.
     """
 
@@ -206,9 +206,12 @@ class Columns:
         )
         self.levels = torch.empty(shape[1], shape[0], device=grid.scale.device)
         self.limits = torch.empty(len(self.scale), 2, shape[0], device=grid.scale.device)
-        self._columns, self._scales = self.levels.unbind(), self.scale.unbind()
-        self._limits = [tuple(pair.unbind()) for pair in self.limits]
         self._limit(slice(None))
+
+    @cached_property
+    def _views(self) -> tuple[Sequence[Tensor], Sequence[Tensor], list[tuple[Tensor, ...]]]:
+        """Levels by column, scales and limits by group, where columns are rounded one by one."""
+        return self.levels.unbind(), self.scale.unbind(), [pair.unbind() for pair in self.limits]
 
     def _limit(self, groups: slice) -> None:
         if isinstance(self.number, Int):
@@ -232,13 +235,13 @@ class Columns:
         return rounded if self.dropped is None else rounded.masked_fill_(self.dropped[column], 0.0)
 
     def _nearest(self, column: int, values: Tensor) -> Tensor:
-        group = self.group[column]
-        scale, levels = self._scales[group], self._columns[column]
+        group, (columns, scales, limits) = self.group[column], self._views
+        scale, levels = scales[group], columns[column]
         if self.offset is not None:
-            torch.add(values, self.offset[group], out=levels).div_(scale).round_().clamp_(*self._limits[group])
+            torch.add(values, self.offset[group], out=levels).div_(scale).round_().clamp_(*limits[group])
             return (levels * scale).sub_(self.offset[group])
         if isinstance(self.number, Int):
-            torch.div(values, scale, out=levels).round_().clamp_(*self._limits[group])
+            torch.div(values, scale, out=levels).round_().clamp_(*limits[group])
         else:
             levels.copy_(to_levels(values / scale, self.number))
         return levels * scale

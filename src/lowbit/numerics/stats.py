@@ -24,12 +24,15 @@ class Gram:
     def __init__(self) -> None:
         self.count = 0
         self._sum: Tensor | None = None
+        self._whole = False
+        """Whether the lower triangle is that of the upper one."""
 
     def update(self, x: Tensor) -> None:
         """Add inputs [T, I]. Whatever their dtype, products of bf16 inputs are exact and sums are fp32."""
         width = x.shape[-1]
         if self._sum is None:
             self._sum = torch.zeros(width, width, device=x.device)
+        self._whole = False
         with exact_products(x) as x:
             for tile in self._tiles(width):
                 add_product(self._sum[tile, tile.start :], x[:, tile].T, x[:, tile.start :])
@@ -39,11 +42,12 @@ class Gram:
     def matrix(self) -> Tensor:
         """The full symmetric matrix Σ x xᵀ (not divided by the count), to be read only: it is the statistic itself."""
         assert self._sum is not None, "no inputs were observed"
-        for tile in self._tiles(len(self._sum)):
+        for tile in () if self._whole else self._tiles(len(self._sum)):
             upper = self._sum[tile, tile.start :].triu()
             upper[:, : len(upper)] += upper[:, : len(upper)].triu(1).T
             self._sum[tile, tile.start :] = upper
             self._sum[tile.start :, tile] = upper.T
+        self._whole = True
         return self._sum
 
     def _tiles(self, width: int) -> Iterator[slice]:
@@ -53,7 +57,7 @@ class Gram:
 
     def merge(self, other: Gram) -> None:
         """Add what another has seen, for instance in another part of the text."""
-        self._sum = _added(self._sum, other._sum)
+        self._sum, self._whole = _added(self._sum, other._sum), False
         self.count += other.count
 
     @staticmethod
@@ -67,6 +71,7 @@ class Gram:
         """Inputs become x / scale, [I]."""
         if self._sum is not None:
             self._sum.div_(scale[:, None]).div_(scale)
+            self._whole = False  # rounding is not the same on both sides
 
 
 class AbsMean:
