@@ -180,7 +180,6 @@ inline void multiply_bytes(float (&sum)[4], const u32* a, u32 b0, u32 b1) {
 }
 
 inline void show_barriers() {}
-inline void begin_products() {}
 template <int YOUNGER>
 inline void await_products() { finish_products(YOUNGER); }
 template <class Registers>

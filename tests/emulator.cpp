@@ -1,9 +1,10 @@
 // A GPU as its documentation allows it to be, at its most inconvenient.
 //
-// Every thread is a fibre. They take turns in any order, some warps far more often than others; clusters come in any
-// order too, eight at a time. A copy in the background happens when it is asked for, or as late as it may, and only who
-// waited for it, and whom that thread has met since, may look at it. Shared memory starts as NaN. What is chosen at
-// random is the same in every run of a test.
+// Every thread is a fibre. They take turns in any order, some warps far more often than others, and some sleep while
+// others get on; clusters come in any order too, eight at a time. A copy in the background happens when it is asked
+// for, or as late as it may, and only who waited for it, and whom that thread has met since, may look at it. Shared
+// memory starts as NaN, and nothing may be written behind it. What is chosen at random is the same in every run of a
+// test.
 
 #include "emulator.h"
 
@@ -48,6 +49,7 @@ struct Fibre : Thread {
     std::set<const void*> untold;  // where copies are that this thread waited for, and has met nobody since
     std::vector<Action> products;
     std::deque<std::vector<Action>> sets;
+    bool ordered = false;  // products after what was done with their registers
 };
 
 Thread* current;
@@ -55,6 +57,7 @@ Place gridDim;
 static std::vector<std::unique_ptr<Fibre>> fibres;
 static std::deque<Block> blocks;
 static int block_threads, cluster_blocks;
+static size_t block_bytes;
 static jmp_buf turns;
 static long progress;
 static std::mt19937 chance;
@@ -177,6 +180,7 @@ static u32 number_of(u64 tile, int row, int column) {
 
 // A product happens when it is waited for, with what shared memory holds then. A is in registers, or lies across.
 void begin_tile(float* sums, int count, const u32* a, u64 across, u64 tile, bool add, float (*value)(u32)) {
+    if (!fibre_here().ordered) die("a product takes registers that others may still work with");
     Exchange& seen = exchange();
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
     std::vector<float> rows;  // two of A: lane / 4 and eight more
@@ -199,8 +203,10 @@ void begin_tile(float* sums, int count, const u32* a, u64 across, u64 tile, bool
         }
     });
 }
+void begin_products() { fibre_here().ordered = true; }
 void end_products() {
     Fibre& fibre = fibre_here();
+    fibre.ordered = false;
     fibre.sets.push_back(std::move(fibre.products)), fibre.products.clear();
 }
 void finish_products(int younger) {
@@ -222,10 +228,10 @@ static void live() {
 
 static void add_block(Place place, int leader, size_t bytes) {
     Block& block = blocks.emplace_back();
-    block.memory.resize((bytes + sizeof(Line) - 1) / sizeof(Line));
+    block.memory.resize(bytes / sizeof(Line) + 1);
     std::fill_n(memory_of(block), bytes / sizeof(float4), float4{NAN, NAN, NAN, NAN});
     block.shown.resize(block.memory.size());
-    const u32 laziest = 1 + chance() % 4;
+    const u32 laziest = 1 + chance() % 5;
     for (int warp = 0; warp < block_threads / 32; warp++) block.warps.emplace_back().sloth = chance() % laziest;
     for (u32 thread = 0; thread < (u32)block_threads; thread++) {
         Fibre& fibre = *fibres.emplace_back(std::make_unique<Fibre>());
@@ -242,22 +248,28 @@ static void add_block(Place place, int leader, size_t bytes) {
 static void run_blocks() {
     std::vector<Fibre*> left;
     for (const auto& fibre : fibres) left.push_back(fibre.get());
-    for (bool hurry = false; !left.empty();) {  // in a hurry no warp is left out
+    for (u32 hurry = 0; !left.empty();) {  // in one only sleepers are left out, then nobody
         const long before = progress;
-        const u32 now = hurry ? 3 : chance() % 4;
+        const u32 now = hurry ? 2 + hurry : chance() % 4;
         std::shuffle(left.begin(), left.end(), chance);
         for (Fibre* fibre : left)
             if (warp_of(*fibre).sloth <= now) give_turn(*fibre);
         left.erase(std::remove_if(left.begin(), left.end(), [](Fibre* fibre) { return fibre->done; }), left.end());
-        if (hurry && progress == before) die("threads wait for each other for ever");
-        hurry = progress == before;
+        if (hurry == 2 && progress == before) die("threads wait for each other for ever");
+        hurry = progress == before ? hurry + 1 : 0;
+    }
+    for (Block& block : blocks) {
+        const char* begin = reinterpret_cast<char*>(memory_of(block));
+        const char* end = begin + block.memory.size() * sizeof(Line);
+        if (std::any_of(begin + block_bytes, end, [](char byte) { return byte != 0; }))
+            die("a block writes behind its shared memory");
     }
     fibres.clear(), blocks.clear();
 }
 
 void run(void (*kernel)(void**), void** arguments, const u32* grid, int threads, int cluster, size_t bytes) {
     body = kernel, given = arguments, gridDim = {grid[0], grid[1]};
-    block_threads = threads, cluster_blocks = cluster;
+    block_threads = threads, cluster_blocks = cluster, block_bytes = bytes;
     std::vector<Place> clusters;
     for (u32 y = 0; y < grid[1]; y++)
         for (u32 x = 0; x < grid[0]; x += cluster) clusters.push_back({x, y});

@@ -77,6 +77,7 @@ void bring_tile(uint4* to, const TensorMap& from, int column, int row, u64* at);
 
 void show_writes();
 void begin_tile(float* sums, int count, const u32* a, u64 across, u64 tile, bool add, float (*value)(u32));
+void begin_products();
 void end_products();
 void finish_products(int younger);
 

@@ -20,8 +20,6 @@ from .weight_only import aligned
 
 _VECTOR = 16
 """Bytes that are read at once."""
-_SHARED = 227 * 1024
-"""Bytes of shared memory that a block may ask for."""
 _REGISTERS = 1 << 16
 """Of a processor, shared by all threads that it holds."""
 _NEEDED = 40
@@ -73,15 +71,13 @@ def plan(n1: int, n2: int, sides: int, tokens: int, places: int) -> Plan:
     """The plan for sizes, a number of factors, tokens and processors.
 
     A token that has a processor to itself gets all the warps there are for it. Of more, as many are worked on at once
-    as registers and shared memory hold, or a few less where fewer places are empty in the last round.
+    as registers hold, or a few less where fewer places are empty in the last round. Shared memory holds more.
     """
     if tokens <= places:
         return Plan(1, tiles=1)
     one = Plan(1, tiles=1 if n2 <= _COLUMNS else 2)
     needed = n1 // 4 * (2 * one.tiles + (sides == 2)) + _NEEDED  # sums of every tile, and what lies between products
     most = max(1, min(_REGISTERS // needed, _THREADS) // one.threads(n2))
-    while most > 1 and shared_bytes(n1, n2, True, sides == 2, one._replace(groups=most)) > _SHARED:
-        most -= 1
     return one._replace(groups=min(range(most, (2 * most - 1) // 3, -1), key=lambda n: -(-tokens // (places * n)) * n))
 
 
@@ -98,7 +94,7 @@ def encode(x: Tensor, how: Encoder, packed: bool, chosen: Plan | None = None) ->
     factors = how.factors
     assert factors is not None
     n1, n2 = factors.sizes
-    x = aligned(x.contiguous())
+    x = aligned(x)
     codes, scale = outputs(x, how.number, packed)
     left, right = factors.left is not None, factors.right is not None
     places = processors(x.device)
