@@ -81,6 +81,21 @@ def quantized(rows: int, columns: int, spec: Spec, device: str = "cpu") -> QTens
     return QTensor(codes, grid)
 
 
+def everywhere(spec: Spec) -> QTensor:
+    """Every code in every place of a tile's unit, beside every zero-point; of 8 bits, each of both in every place."""
+    number, levels = spec.number, 1 << spec.bits
+    zeros = min(levels, 255) + 1
+    moved = isinstance(number, Int) and not number.symmetric
+    tiles = levels * zeros if moved and spec.bits < 8 else levels
+    weight, tile = quantized(16 * tiles, 128, spec), torch.arange(tiles)[:, None, None]
+    codes = (tile + torch.randint(levels, (16, 128))) % levels + (number.low if isinstance(number, Int) else 0)
+    grid = weight.grid
+    if moved:
+        zero = (tile * zeros // tiles + torch.randint(zeros, (16, grid.scale.shape[1]))) % zeros
+        grid = replace(grid, zero=zero.flatten(0, 1).float())
+    return QTensor(codes.flatten(0, 1).to(weight.codes.dtype), grid)
+
+
 def exact(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
     y = x.double() @ dense.double().T
     return y if bias is None else y + bias.double()
@@ -125,6 +140,7 @@ def test_prepared_codes_take_their_bits_and_no_more() -> None:
         parts = [part for part in (prepared.low, prepared.high) if part is not None]
         assert sum(part.numel() * 32 for part in parts) == 32 * 256 * bits
         assert prepared.scale.dtype == torch.float16 and prepared.scale.numel() == 64
+    assert prepare(quantized(32, 256, per_group(Int(4, "symmetric-unsigned"), 128))).zero is None
     for spec in (nvfp4(), mx(E2M1)):
         prepared = prepare(quantized(32, 256, spec))
         assert prepared.low.numel() * 32 == 32 * 256 * 4 and prepared.high is None
@@ -160,12 +176,15 @@ def test_what_no_kernel_knows_is_refused(weight: QTensor, words: str) -> None:
 
 @pytest.mark.parametrize(("bits", "most"), [(2, 4), (3, 8), (4, 16), (8, 255)])
 def test_zero_points_far_outside_are_refused(bits: int, most: int) -> None:
-    """The power of two above all levels is taken: some files hold a zero-point that is one too large."""
+    """The power of two above all levels is taken: DeepSpeed's rule gives it to units without positive weights."""
     weight = quantized(9, 128, per_group(Int(bits, "asymmetric"), 32))
     assert weight.grid.zero is not None
-    for zero, words in ((most, None), (-3, "zero-points"), (most + 1, "zero-points")):
+    for zero in (0, most):
         weight.grid.zero[1, 1] = zero
-        assert words is None if refusal(weight) is None else words in str(refusal(weight))
+        assert refusal(weight) is None
+    for zero in (-1, most + 1):
+        weight.grid.zero[1, 1] = zero
+        assert refusal(weight) == f"zero-points lie outside of 0 to {most}"
 
 
 def floats(spec: Spec, scale: Tensor, outer: Tensor | None = None) -> QTensor:
@@ -435,9 +454,9 @@ def test_inputs_may_lie_anywhere() -> None:
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("spec", FORMATS, ids=str)
 def test_the_source_dequantizes_to_the_last_bit(spec: Spec) -> None:
-    weight = quantized(35, 448 if spec.group != 128 else 384, spec)
-    for dtype in DTYPES:
-        assert torch.equal(weight_only.dequantized(prepare(weight), dtype), weight.dequantize(dtype))
+    for weight in (quantized(35, 448 if spec.group != 128 else 384, spec), everywhere(spec)):
+        for dtype in DTYPES:
+            assert torch.equal(weight_only.dequantized(prepare(weight), dtype), weight.dequantize(dtype))
 
 
 @needs_gcc

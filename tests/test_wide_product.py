@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import DEVICE, DTYPES, FORMATS, GPU, Emulated, close, needs_gcc, quantized, times_scales, unwritten
+from test_kernels import (
+    DEVICE,
+    DTYPES,
+    FORMATS,
+    GPU,
+    Emulated,
+    close,
+    everywhere,
+    needs_gcc,
+    quantized,
+    times_scales,
+    unwritten,
+)
 from test_kernels import folder as folder
 from test_kernels import poisoned as poisoned
 from torch import Tensor
@@ -22,6 +34,7 @@ from lowbit.numerics.qtensor import QTensor
 from lowbit.numerics.spec import E2M1, Int, Spec, mx, per_group
 
 FOLDED = [spec for spec in FORMATS if spec.number == E2M1 or spec.scale == "half"]
+EVERY = list(zip(FOLDED, itertools.cycle(DTYPES)))
 CASES = [
     (Plan(64, 1), 700, per_group(Int(4), -1)),
     (Plan(64, 2), 768, per_group(Int(4, "asymmetric"), 256)),
@@ -104,9 +117,19 @@ def test_sums_do_not_depend_on_which_block_comes_last() -> None:
 
 @needs_gcc
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize(("spec", "dtype"), list(zip(FOLDED, itertools.cycle(DTYPES))), ids=str)
+@pytest.mark.parametrize(("spec", "dtype"), EVERY, ids=str)
 def test_the_source_multiplies_every_format(spec: Spec, dtype: torch.dtype) -> None:
     check(quantized(48, 384, spec), 9, dtype, Plan(64, 1), bias=True)
+
+
+@needs_gcc
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(("spec", "dtype"), [case for case in EVERY if case[0].bits == 3], ids=str)
+def test_fields_that_lanes_trade_are_found_in_every_place(spec: Spec, dtype: torch.dtype) -> None:
+    """Each token has one input, which is 1: its outputs are a column of weights, to the last bit."""
+    weight, x = everywhere(spec), torch.eye(128).to(dtype)
+    found = wide_product.product(x, prepare(weight), torch.zeros(weight.shape[0]).to(dtype), Plan(64, 1))
+    assert torch.equal(found.T, times_scales(weight, dtype))
 
 
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU that the kernels know")
