@@ -211,9 +211,8 @@ def test_a_plan_leaves_few_places_empty() -> None:
     """No other number of groups, down to two thirds of the most that there may be, takes fewer places."""
     for (n1, n2, sides), count in itertools.product(SIZES, (133, 300, 1000, 2048)):
         plan = transform_cuda.plan(n1, n2, sum(sides), count, 132)
-        most = transform_cuda.plan(
-            n1, n2, sum(sides), 132 * 840, 132
-        ).groups  # fill whole rounds, however many there are
+        whole = 132 * 840  # tokens that fill all rounds, however many places there are
+        most = transform_cuda.plan(n1, n2, sum(sides), whole, 132).groups
         taken = {groups: math.ceil(count / (132 * groups)) * groups for groups in range(-(-2 * most // 3), most + 1)}
         assert taken[plan.groups] == min(taken.values())
     assert transform_cuda.plan(112, 128, 2, 2048, 132) == Plan(2)
@@ -251,13 +250,8 @@ def test_what_is_left_to_triton() -> None:
     assert "no map" in str(transform_cuda.shape_refusal(x, encoder(Int(8), None, None, "cpu")))
     steps, many = "whole steps", "too many"
     for n1, n2, why in (
-        (24, 32, steps),
-        (32, 24, steps),
-        (144, 64, many),
-        (16, 528, many),
-        (128, 64, ""),
-        (16, 512, ""),
-    ):
+        (24, 32, steps), (32, 24, steps), (144, 64, many), (16, 528, many), (128, 64, ""), (16, 512, ""),
+    ):  # fmt: skip
         map = mixing(n1, n2, left=n1 < 128, right=n2 < 128)
         found = transform_cuda.shape_refusal(x, encoder(Int(4), map, None, "cpu"))
         assert why in str(found) if why else found is None
