@@ -137,6 +137,11 @@ __device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, i
     const u32 bits = word << (3 * step);
     return times(BFLOAT ? bits & 0x81c0 * BOTH : with_power(bits, SIGN, bits << UP & (0x01c0 << UP) * BOTH), constant);
 }
+
+// The same times the scale of the lane's own columns.
+__device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half) {
+    return levels(codes, block, pair, half, constant(codes, block, half));
+}
 #else
 __device__ __forceinline__ float2 scales(const Codes& codes, int group) { return floats(codes.scale[group]); }
 

@@ -98,13 +98,7 @@ __device__ __forceinline__ void unpack(u32 (&a)[8], const Codes& codes, int bloc
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int p = 0; p < 4; p++) {
-#if E2M1
-            a[p * 2 + half] = levels(codes, block, p, half, constant(codes, block, half));
-#else
-            a[p * 2 + half] = levels(codes, block, p, half);
-#endif
-        }
+        for (int p = 0; p < 4; p++) a[p * 2 + half] = levels(codes, block, p, half);
 }
 
 template <class Read>

@@ -191,10 +191,10 @@ def _plan(tokens: int, tiles: int, units: int, processors: int, kind: Kind) -> P
     """
     if tokens == 1:
         thick, many = _ONE[kind]
-        if kind == "int4 of fp16" and units > 64 and 2 * tiles < 7 * processors:
-            return Plan(1, 1, 1, 16, 1, 2, 0)
         if 2 * tiles < 7 * processors:
-            return Plan(1, 1, 2 if thick and processors < tiles <= 2 * processors else 1, min(units, 16), 1, 1, 0)
+            deep = kind == "int4 of fp16" and units > 64  # found for this kind alone
+            row_warps = 2 if thick and not deep and processors < tiles <= 2 * processors else 1
+            return Plan(1, 1, row_warps, min(units, 16), 1, 2 if deep else 1, 0)
         return replace(many, k_warps=min(units, many.k_warps))
     short = units <= 64
     if tokens == 2 and not short and tiles <= 2 * processors:

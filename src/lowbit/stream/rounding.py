@@ -105,9 +105,9 @@ def corrected(work: BlockWork, layers: Mapping[str, QLayer], stats: Mapping[str,
     """The layers with every correction of the recipe added to their weights."""
     found = dict(layers)
     for site in (site for site, _ in work.quantized() if site.name in layers):
-        weight = layers[site.name].weight.to(work.device)
+        weight = layers[site.name].weight
         for correction in work.recipe.correct:
-            weight = correction.correct(work.weight(site), weight, stats.get(site.name))
+            weight = correction.correct(work.weight(site), weight.to(work.device), stats.get(site.name))
         found[site.name] = replace(layers[site.name], weight=weight.to(_shelf(work)))
     return found
 
