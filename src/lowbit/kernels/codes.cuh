@@ -36,9 +36,19 @@ constexpr float FOLDED = 128.0f;                        // what scales in the va
 
 #if E2M1
 typedef uint2 Scales;  // of the lane's columns: a byte for row g and for g + 8, block by block
+#elif ZERO && WIDE
+typedef uint4 Scales;  // of rows g and g + 8, then the two zero-points, a byte each: one load brings both
+__device__ __forceinline__ float2 floats(const Scales& pair) {
+    return make_float2(__uint_as_float(pair.x), __uint_as_float(pair.y));
+}
+__device__ __forceinline__ u32 zeros(const Scales& pair) { return pair.z; }
+#elif ZERO
+typedef uint2 Scales;
+__device__ __forceinline__ float2 floats(const Scales& pair) { return floats(pair.x); }
+__device__ __forceinline__ u32 zeros(const Scales& pair) { return pair.y; }
 #elif WIDE
 typedef float2 Scales;
-__device__ __forceinline__ float2 floats(Scales pair) { return pair; }
+__device__ __forceinline__ float2 floats(const Scales& pair) { return pair; }
 #else
 typedef u32 Scales;
 #endif
@@ -53,16 +63,12 @@ struct Codes {
 #endif
 #endif
     Scales scale[E2M1 ? 2 : GROUPS];  // of E2M1, the second one where a lane's columns are of both groups of a block
-#if ZERO
-    u16 zero[GROUPS];
-#endif
 };
 
 struct Weight {
     const uint4* low;
     const uint2* high;
     const Scales* scale;
-    const u16* zero;
     int units, groups, shift;  // units of a tile, scales of a row, log2 of units to a scale where GROUPS is 1
 
     __device__ __forceinline__ void load(Codes& codes, int tile, int unit, int lane) const {
@@ -79,9 +85,6 @@ struct Weight {
         for (int i = 0; i < GROUPS; i++) {
             const int group = tile * groups + (GROUPS == 1 ? unit >> shift : unit * GROUPS + i);
             codes.scale[i] = scale[group * 8 + lane / 4];
-#if ZERO
-            codes.zero[i] = zero[group * 8 + lane / 4];
-#endif
         }
 #endif
     }
@@ -159,15 +162,16 @@ __device__ __forceinline__ int place_up(int slot) { return slot == GATHERED && B
 
 // What goes to a code of a pair of a block, twice in a word: it is negative.
 __device__ __forceinline__ u32 constant(const Codes& codes, int block, int pair, int half) {
-#if ZERO
-    const u16 both = codes.zero[block / SPAN];
-    const u32 zero = half ? both >> 8 : both & 255;
-#else
-    const u32 zero = MIDDLE;
-#endif
-    if (SPLIT) return (__float_as_uint(128.0f - (float)zero) >> 16) * BOTH;
     const int up = place_up(slot(block, pair, half));
-    return (lowered(POWER, up) + (zero << up) * BOTH) | SIGN;
+    const u32 power = lowered(POWER, up) | SIGN;
+#if ZERO
+    const u32 both = zeros(codes.scale[block / SPAN]);
+    if (SPLIT) return (__float_as_uint(128.0f - (float)(both >> 8 * half & 255)) >> 16) * BOTH;
+    if (up == 0) return __byte_perm(both, power, half ? 0x5151 : 0x5050);  // the power's lower byte is zero
+    return power + (__byte_perm(both, 0, half ? 0x4141 : 0x4040) << up);
+#else
+    return SPLIT ? 0 : power + (MIDDLE << up) * BOTH;
+#endif
 }
 
 #if BITS == 3

@@ -117,7 +117,7 @@ def product_of_few(
     form = (("BYTES", 1), ("INTEGER", int(codes.dtype == torch.int8)), ("BFLOAT", int(dtype == torch.bfloat16)))
     y = torch.empty(len(codes), outputs, device=codes.device, dtype=dtype)
     bytes_, x = weight.codes, weight_only.aligned(codes)
-    tensors = [bytes_, bytes_, bytes_, bytes_, weight.scale, scale]  # no planes, scales of groups, zero-points
+    tensors = [bytes_, bytes_, bytes_, weight.scale, scale]  # no more of 3 bits, no scales of groups
     counts = [-(-inputs // COLUMNS), 0, 0]
     weight_only.start(form, tensors, x, bias, y, counts, -(-outputs // ROWS), how)
     return y

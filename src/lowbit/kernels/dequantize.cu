@@ -11,12 +11,12 @@ __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
 
 extern "C" __global__ void __launch_bounds__(256) dequantize(
     const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
-    const u16* __restrict__ zero, const float* __restrict__ by_row, uint4* __restrict__ out, int outputs,
-    int vectors, int units, int groups, int shift) {
+    const float* __restrict__ by_row, uint4* __restrict__ out, int outputs, int vectors, int units, int groups,
+    int shift) {
     const int lane = threadIdx.x % 32, place = blockIdx.x * 8 + threadIdx.x / 32;
     const int tile = place / units, unit = place % units;
     if (tile * 16 >= outputs) return;
-    const Weight weight{low, high, scale, zero, units, groups, shift};
+    const Weight weight{low, high, scale, units, groups, shift};
     Codes codes;
     weight.load(codes, tile, unit, lane);
     meet_neighbours();

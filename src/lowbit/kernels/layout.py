@@ -57,10 +57,9 @@ class Prepared:
     high: Tensor | None
     """Those of 3 bits that four words have no room for: int32 [T, U, 32, 2]."""
     scale: Tensor
-    """fp16 where that is exact, else fp32: [T, G, 8, 2], row g of a tile beside row g + 8. Of E2M1 uint8
+    """fp16 where that is exact, else fp32: [T, G, 8, 2], row g of a tile beside row g + 8. Where codes are asymmetric
+    [T, G, 8, 4], so that one load brings both: the bytes behind the two scales are their zero-points. Of E2M1 uint8
     [T, U, 8, groups in a block, 4 blocks, 2]: bits 7 to 14 of 2^7 times the scale as fp16."""
-    zero: Tensor | None
-    """uint8, shaped like `scale`; None where codes are symmetric."""
     factor: Tensor | None
     """What scales of a row are multiplied by: fp32 [N], of E2M1 only."""
     order: Tensor | None
@@ -74,6 +73,13 @@ class Prepared:
     def number(self) -> Number:
         """What a code is."""
         return Int(self.bits, "asymmetric") if self.factor is None else E2M1
+
+    @property
+    def zero(self) -> Tensor | None:
+        """Zero-points uint8 [T, G, 8, 2], a view; None where codes are symmetric."""
+        if self.factor is not None or self.scale.shape[-1] == 2:
+            return None
+        return self.scale[..., 2:].view(torch.uint8)[..., :2]
 
     @property
     def groups(self) -> int:
@@ -93,9 +99,8 @@ class Prepared:
         )
 
     def pointers(self) -> list[Tensor]:
-        """Codes, more of 3 bits, scales, zero-points, factors; codes stand for what is not there and not looked at."""
-        parts = (self.high, self.scale, self.zero, self.factor)
-        return [self.low, *(self.low if part is None else part for part in parts)]
+        """Codes, more of 3 bits, scales, factors; codes stand for what is not there and not looked at."""
+        return [self.low, *(self.low if part is None else part for part in (self.high, self.scale, self.factor))]
 
     def counts(self) -> list[int]:
         """Units and scales of a tile, log2 of the units that share a scale (all of them: more than there are)."""
@@ -106,11 +111,9 @@ class Prepared:
         """Rows [start, stop) of it, a view; both are multiples of a tile's rows, or the last."""
         tiles = slice(start // ROWS, -(-stop // ROWS))
         low, scale = self.low[tiles], self.scale[tiles]
-        high, zero = (None if part is None else part[tiles] for part in (self.high, self.zero))
+        high = None if self.high is None else self.high[tiles]
         factor = None if self.factor is None else self.factor[start:stop]
-        return replace(
-            self, low=low, high=high, scale=scale, zero=zero, factor=factor, shape=(stop - start, self.shape[1])
-        )
+        return replace(self, low=low, high=high, scale=scale, factor=factor, shape=(stop - start, self.shape[1]))
 
 
 def joined(parts: Sequence[Prepared]) -> Prepared:
@@ -121,9 +124,9 @@ def joined(parts: Sequence[Prepared]) -> Prepared:
         return torch.cat(there) if there else None
 
     low, scale = torch.cat([part.low for part in parts]), torch.cat([part.scale for part in parts])
-    high, zero, factor = (cat([getattr(part, name) for part in parts]) for name in ("high", "zero", "factor"))
+    high, factor = (cat([getattr(part, name) for part in parts]) for name in ("high", "factor"))
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-    whole = replace(parts[0], low=low, high=high, scale=scale, zero=zero, factor=factor, shape=shape)
+    whole = replace(parts[0], low=low, high=high, scale=scale, factor=factor, shape=shape)
     settle(low)
     return whole
 
@@ -176,18 +179,11 @@ def prepare(weight: QTensor) -> Prepared:
         scale, zero = (None if part is None else _by_tile(part, shape, group) for part in (grid.scale, grid.zero))
         assert scale is not None
         half, codes = scale.half(), _whole_tiles(codes)
+        scale = half if torch.equal(half.float(), scale) else scale
+        if zero is not None and not _implied(weight):
+            scale = _beside(scale, zero.to(torch.uint8))
         low, high = _pack_threes(codes) if bits == 3 else (_pack(codes, _shifts(bits, codes.device)), None)
-        prepared = Prepared(
-            low,
-            high,
-            half if torch.equal(half.float(), scale) else scale,
-            None if zero is None or _implied(weight) else zero.to(torch.uint8),
-            None,
-            weight.order,
-            shape,
-            bits,
-            group,
-        )
+        prepared = Prepared(low, high, scale, None, weight.order, shape, bits, group)
     settle(codes)
     return prepared
 
@@ -205,8 +201,9 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor]:
         codes = _unpack_threes(weight.low, weight.high)
     else:
         codes = _unpack(weight.low, _shifts(weight.bits, weight.low.device))
-    zero = torch.full_like(weight.scale, 1 << (weight.bits - 1)) if weight.zero is None else weight.zero
-    scale, zero = (part.float().permute(0, 3, 2, 1).flatten(0, 2)[:rows, :groups] for part in (weight.scale, zero))
+    scale, zero = weight.scale[..., :2], weight.zero
+    zero = torch.full_like(scale, 1 << (weight.bits - 1)) if zero is None else zero
+    scale, zero = (part.float().permute(0, 3, 2, 1).flatten(0, 2)[:rows, :groups] for part in (scale, zero))
     return codes[:rows, :columns], scale, zero
 
 
@@ -230,6 +227,13 @@ def _by_tile(parts: Tensor, shape: tuple[int, int], group: int) -> Tensor:
     return parts.reshape(-1, 2, 8, parts.shape[1]).permute(0, 3, 2, 1).contiguous()
 
 
+def _beside(scale: Tensor, zero: Tensor) -> Tensor:
+    """Scales [T, G, 8, 2] and as many bytes of zero-points, [T, G, 8, 4]."""
+    room = torch.zeros_like(scale)
+    room.view(torch.uint8)[..., :2] = zero
+    return torch.cat([scale, room], -1)
+
+
 def _prepared_floats(weight: QTensor, codes: Tensor, shape: tuple[int, int], group: int) -> Prepared:
     """E2M1 codes and their scales, a byte each."""
     folded = _folded(weight)
@@ -240,7 +244,7 @@ def _prepared_floats(weight: QTensor, codes: Tensor, shape: tuple[int, int], gro
     parts = parts.reshape(-1, 2, 8, parts.shape[1] * group // COLUMNS, 4, 32 // group)  # tile, half, g, unit, block
     scale = parts.permute(0, 3, 2, 5, 4, 1).contiguous()
     low = _pack(_whole_tiles(codes), _places(codes.device))
-    return Prepared(low, None, scale, None, factor, weight.order, shape, 4, group)
+    return Prepared(low, None, scale, factor, weight.order, shape, 4, group)
 
 
 def _folded(weight: QTensor) -> tuple[Tensor, Tensor] | None:

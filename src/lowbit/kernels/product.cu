@@ -155,9 +155,9 @@ __device__ __forceinline__ void add(float4& sum, const float4& other) {
 
 extern "C" __global__ void BOUNDS TOGETHER product(
     const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
-    const u16* __restrict__ zero, const float* __restrict__ by_row, const float* __restrict__ by_token,
-    const uint4* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int outputs,
-    int vectors, int units, int groups, int shift) {
+    const float* __restrict__ by_row, const float* __restrict__ by_token, const uint4* __restrict__ x,
+    const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int outputs, int vectors, int units, int groups,
+    int shift) {
     // inputs [K_WARPS][STAGES][BLOCKS][TOKENS][32], afterwards sums [K_WARPS][FRAGMENTS][ROW_WARPS][32]
     extern __shared__ float4 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -168,7 +168,7 @@ extern "C" __global__ void BOUNDS TOGETHER product(
 #if BYTES
     const Weight weight{low, outputs, vectors};
 #else
-    const Weight weight{low, high, scale, zero, units, groups, shift};
+    const Weight weight{low, high, scale, units, groups, shift};
 #endif
     const Inputs inputs{x, tokens, vectors, token + lane / 4, lane % 4};
 

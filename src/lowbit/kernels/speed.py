@@ -127,14 +127,14 @@ def copies(weight: Prepared) -> list[Prepared]:
 
     def again() -> Prepared:
         low, scale = weight.low.clone(), weight.scale.clone()
-        return replace(weight, low=low, high=copy(weight.high), scale=scale, zero=copy(weight.zero))
+        return replace(weight, low=low, high=copy(weight.high), scale=scale)
 
     return [again() for _ in range(turns(size(weight)))]
 
 
 def size(weight: Prepared) -> int:
     """Bytes of a weight."""
-    parts = (weight.low, weight.high, weight.scale, weight.zero, weight.factor)
+    parts = (weight.low, weight.high, weight.scale, weight.factor)
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 

@@ -28,8 +28,8 @@ constexpr int WARPS = 8, THREADS = 32 * (WARPS + (MANY ? 4 : 1));  // the first 
 constexpr int STAGES = 4, HALVES = SETS > 2 ? 4 : 8;  // units of codes in shared memory, halves of units of inputs
 constexpr int HALF = TOKENS * 8;                      // 16-byte vectors of 64 columns of inputs
 constexpr int LOW_VECTORS = VECTORS * 32, HIGH_VECTORS = BITS == 3 ? 16 : 0;  // of 16 rows and a unit of columns
-constexpr int SCALE_VECTORS = E2M1 ? GROUPS : GROUPS * 2, ZERO_VECTORS = ZERO ? GROUPS : 0;
-constexpr int UNIT_VECTORS = LOW_VECTORS + HIGH_VECTORS + SCALE_VECTORS + ZERO_VECTORS;
+constexpr int SCALE_VECTORS = E2M1 ? 1 : ZERO ? 4 : 2;  // of a group
+constexpr int UNIT_VECTORS = LOW_VECTORS + HIGH_VECTORS + GROUPS * SCALE_VECTORS;
 constexpr int SUM_ROW = WARPS * 16 + 4;  // floats of a token's sums: no bank meets twice
 
 typedef float Sums[SETS][SUMS];
@@ -91,17 +91,15 @@ struct Ring {
     uint4* slots;      // [STAGES][UNIT_VECTORS]
     const uint4* low;  // what this lane fetches of the first unit
     const uint4* high;
-    const char* scale;  // or zero-points
+    const uint4* scale;
     int lane, shift;
 
     __device__ __forceinline__ Ring(const Weight& weight, uint4* slots, int tile, int lane)
         : slots(slots), low(weight.low + tile * weight.units * LOW_VECTORS + lane),
           high(reinterpret_cast<const uint4*>(weight.high) + tile * weight.units * HIGH_VECTORS + lane),
           lane(lane), shift(weight.shift) {
-        const long long group = tile * (E2M1 ? weight.units * GROUPS : weight.groups);
-        const bool zeros = ZERO && lane >= SCALE_VECTORS;
-        scale = zeros ? reinterpret_cast<const char*>(weight.zero) + group * 16 + (lane - SCALE_VECTORS) * 16
-                      : reinterpret_cast<const char*>(weight.scale) + group * (E2M1 ? 16 : 32) + lane * 16;
+        const int group = tile * (E2M1 ? weight.units * GROUPS : weight.groups);
+        scale = reinterpret_cast<const uint4*>(weight.scale) + group * SCALE_VECTORS + lane;
     }
 
     __device__ __forceinline__ void fetch(int stage, int unit, int end) const {
@@ -113,9 +111,7 @@ struct Ring {
             to += LOW_VECTORS + lane;
             if (HIGH_VECTORS && lane < HIGH_VECTORS) copy(to, high + unit * HIGH_VECTORS, true);
             const int group = GROUPS == 1 ? unit >> shift : unit * GROUPS;
-            const int bytes = E2M1 || (ZERO && lane >= SCALE_VECTORS) ? 16 : 32;  // of a group
-            if (lane < SCALE_VECTORS + ZERO_VECTORS)
-                copy(to + HIGH_VECTORS, reinterpret_cast<const uint4*>(scale + group * bytes), true);
+            if (lane < GROUPS * SCALE_VECTORS) copy(to + HIGH_VECTORS, scale + group * SCALE_VECTORS, true);
         }
         end_copies();
     }
@@ -147,12 +143,7 @@ struct Ring {
         for (int part = 0; part < GROUPS / 4; part++) codes.scale[part] = scales[lane / 4 * (GROUPS / 4) + part];
 #else
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            codes.scale[i] = scales[i * 8 + lane / 4];
-#if ZERO
-            codes.zero[i] = reinterpret_cast<const u16*>(at + SCALE_VECTORS)[i * 8 + lane / 4];
-#endif
-        }
+        for (int i = 0; i < GROUPS; i++) codes.scale[i] = scales[i * 8 + lane / 4];
 #endif
     }
 };
@@ -284,9 +275,8 @@ __device__ __forceinline__ void write(
 
 extern "C" __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) wide_product(
     const __grid_constant__ TensorMap x, const uint4* __restrict__ low, const uint2* __restrict__ high,
-    const Scales* __restrict__ scale, const u16* __restrict__ zero, const float* __restrict__ by_row,
-    const u16* __restrict__ bias, u16* __restrict__ y, float4* parts, u32* arrived, int tokens, int outputs, int units,
-    int groups, int shift) {
+    const Scales* __restrict__ scale, const float* __restrict__ by_row, const u16* __restrict__ bias,
+    u16* __restrict__ y, float4* parts, u32* arrived, int tokens, int outputs, int units, int groups, int shift) {
     extern __shared__ __align__(1024) float4 shared[];  // inputs, a ring for every warp, barriers
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int split = blockIdx.x % SPLITS, block = blockIdx.x / SPLITS, token = blockIdx.y * TOKENS;
@@ -310,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) wide_pr
     }
     if (MANY) take_registers<240>();
     Sums sums = {};
-    const Weight weight{low, high, scale, zero, units, groups, shift};
+    const Weight weight{low, high, scale, units, groups, shift};
     const int tile = min(block * WARPS + warp, (outputs - 1) / 16);
     multiply_all(sums, inputs, Ring(weight, rings + warp * STAGES * UNIT_VECTORS, tile, lane), begin, end);
     meet_neighbours();

@@ -86,9 +86,8 @@ def plan_for(tokens: int, tiles: int, units: int, processors: int) -> Plan:
 
 def unit_bytes(weight: Prepared) -> int:
     """Codes, scales and zero-points of 16 rows and a unit of columns."""
-    scales = (16 if weight.factor is not None else 32) * weight.groups
-    zeros = 0 if weight.zero is None else 16 * weight.groups
-    return 256 * weight.bits + scales + zeros
+    scales = 16 if weight.factor is not None else 32 if weight.zero is None else 64
+    return 256 * weight.bits + scales * weight.groups
 
 
 def shared_bytes(how: Plan, unit: int) -> int:
