@@ -44,8 +44,8 @@ def other_plans(tokens: int, tiles: int, units: int) -> Iterator[Plan]:
     else:
         most, sharing, ahead = (32, 16)[each > 4], ((1, 2, 3, 4, 7, 8), (1, 2, 3, 4, 8)), ((1, 2), (1, 3), (2, 3))
     for rows, row_warps, k_warps, cluster in itertools.product((1, 2), *sharing, (1, 2, 4)):
-        for (depth, stages), late in itertools.product(ahead, (False, True) if each == 1 else (each > 4,)):
-            plan = Plan(rows, each, row_warps, k_warps, cluster, depth, stages, late)
+        for depth, stages in ahead:
+            plan = Plan(rows, each, row_warps, k_warps, cluster, depth, stages)
             sensible = 4 <= row_warps * k_warps <= most and k_warps * cluster <= units and rows * row_warps <= tiles
             if sensible and plan.shared <= 200 * 1024:
                 yield plan
@@ -102,7 +102,7 @@ def codes_row(x: Tensor, weight: QTensor, number: Number, searching: bool) -> No
     codes, scale = dynamic.encode(x, how)
     weights = [replace(operand, codes=operand.codes.clone()) for _ in range(turns(operand.codes.numel()))]
     tiles, units = -(-len(operand.scale) // ROWS), -(-x.shape[1] // COLUMNS)
-    plan = weight_only.plan_for(len(x), tiles, units, x.device, "bytes")
+    plan = weight_only.plan_for(len(x), tiles, units, x.device)
 
     def few(plan: Plan) -> Callable[[Operand], Tensor]:
         return lambda each: codes_product.product_of_few(codes, scale, each, None, x.dtype, plan)

@@ -65,28 +65,37 @@ struct Codes {
     Scales scale[E2M1 ? 2 : GROUPS];  // of E2M1, the second one where a lane's columns are of both groups of a block
 };
 
+// What a lane loads next of a tile: a unit of codes, and the scales that go with it or, where several units share
+// one, the tile's first.
+struct Next {
+    u32 code, scale;
+
+    __device__ __forceinline__ void advance(int units) {
+        code += units * VECTORS * 32;
+        if (E2M1 || GROUPS > 1) scale += units * GROUPS * (E2M1 ? 2 : 8);
+    }
+};
+
 struct Weight {
     const uint4* low;
     const uint2* high;
     const Scales* scale;
     int units, groups, shift;  // units of a tile, scales of a row, log2 of units to a scale where GROUPS is 1
 
-    __device__ __forceinline__ void load(Codes& codes, int tile, int unit, int lane) const {
-        const int place = tile * units + unit;
+    __device__ __forceinline__ Next first(int tile, int unit, int lane) const {
+        const u32 here = tile * units + unit, group = tile * groups + (GROUPS > 1 ? unit * GROUPS : 0);
+        return {here * VECTORS * 32 + lane, E2M1 ? here * GROUPS * 2 + lane * GROUPS / 16 : group * 8 + lane / 4};
+    }
+    __device__ __forceinline__ void load(Codes& codes, const Next& next, int unit) const {
+        const uint4* from = low + next.code;
 #pragma unroll
-        for (int v = 0; v < VECTORS; v++) codes.low[v] = stream(low + (place * VECTORS + v) * 32 + lane);
+        for (int v = 0; v < VECTORS; v++) codes.low[v] = stream(from + v * 32);
 #if BITS == 3
-        codes.high = high[place * 32 + lane];
+        codes.high = high[next.code];
 #endif
-#if E2M1
-        codes.scale[0] = scale[place * GROUPS * 2 + lane * GROUPS / 16];
-#else
+        const Scales* of = scale + (E2M1 || GROUPS > 1 ? next.scale : next.scale + (unit >> shift) * 8);
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            const int group = tile * groups + (GROUPS == 1 ? unit >> shift : unit * GROUPS + i);
-            codes.scale[i] = scale[group * 8 + lane / 4];
-        }
-#endif
+        for (int i = 0; i < (E2M1 ? 1 : GROUPS); i++) codes.scale[i] = of[i * 8];
     }
 };
 

@@ -102,7 +102,7 @@ def product(codes: Tensor, scale: Tensor, weight: Operand, bias: Tensor | None, 
         return product_reference(codes, scale, weight, bias, dtype)
     if len(codes) <= FEW and available(codes.device.index):
         tiles, units = -(-len(weight.scale) // ROWS), -(-codes.shape[1] // COLUMNS)
-        how = weight_only.plan_for(len(codes), tiles, units, codes.device, "bytes")
+        how = weight_only.plan_for(len(codes), tiles, units, codes.device)
         return product_of_few(codes, scale, weight, bias, dtype, how)
     from .codes_product_triton import product as fused
 

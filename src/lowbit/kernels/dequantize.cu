@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(256) dequantize(
     if (tile * 16 >= outputs) return;
     const Weight weight{low, high, scale, units, groups, shift};
     Codes codes;
-    weight.load(codes, tile, unit, lane);
+    weight.load(codes, weight.first(tile, unit, lane), unit);
     meet_neighbours();
 #pragma unroll
     for (int block = 0; block < 4; block++) {

@@ -9,56 +9,71 @@
 //
 // More constants from the host: BIAS; ROWS, TOKENS (tiles of rows and of eight tokens, of a warp); ROW_WARPS, K_WARPS
 // (of a block); CLUSTER (blocks that share rows); DEPTH (units in flight); STAGES (units whose inputs are in shared
-// memory: 0, or 2 and more); LATE (inputs are read when weights are unpacked); RESIDENT (blocks that a processor has to
-// have registers for, or 0).
+// memory: 0, or 2 and more); RESIDENT (blocks that a processor has to have registers for, or 0); WHOLE (no columns are missing in the last unit).
 
 constexpr int FRAGMENTS = ROWS * TOKENS;
 
-// Inputs of a lane: 16 bytes of one token of each tile of eight. Tokens and columns that do not exist are zeros.
+// What a lane reads next of x: 16 bytes of one token of each tile of eight, or its part of what the warps of a unit
+// bring to shared memory together, ahead of time. Columns that do not exist are zeros; for a token that
+// does not, any numbers will do, since nobody stores its sums.
+constexpr int SLOTS = BLOCKS * TOKENS;  // of a unit
+constexpr int LOADS = STAGES ? (SLOTS + ROW_WARPS - 1) / ROW_WARPS : TOKENS;
 struct Inputs {
     const uint4* x;
-    int tokens, vectors, first, column;  // 16-byte vectors of a row; this lane's first token and vector
+    int vectors, column;  // 16-byte vectors of a row; the lane's first one of the unit
+    u32 place[LOADS];
+    bool token[LOADS];  // exists
 
-    __device__ __forceinline__ bool there(int vector, int n) const {
-        return vector + column < vectors && first + n * 8 < tokens;
+    __device__ __forceinline__ Inputs(const uint4* x, int tokens, int vectors, int unit, int row_warp, int lane)
+        : x(x), vectors(vectors), column(unit * BLOCKS * 4 + lane % 4) {
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const int slot = STAGES ? i * ROW_WARPS + row_warp : i;
+            const int row = (blockIdx.y * TOKENS + slot % TOKENS) * 8 + lane / 4;
+            place[i] = min(row, tokens - 1) * vectors + column + slot / TOKENS * 4;
+            token[i] = row < tokens;
+        }
     }
-    __device__ __forceinline__ const uint4* at(int vector, int n) const {
-        return x + ((first + n * 8) * vectors + vector + column);
+    __device__ __forceinline__ void advance(int units) {
+        column += units * BLOCKS * 4;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) place[i] += units * BLOCKS * 4;
+    }
+    __device__ __forceinline__ bool there(int block) const { return WHOLE || column + block * 4 < vectors; }
+};
+
+// In registers. Lanes without a token read nothing: eight of them beside each other would cost as much as eight tokens.
+struct Held {
+    uint4 x[BLOCKS][TOKENS];
+
+    __device__ __forceinline__ const uint4& operator()(int block, int n) const { return x[block][n]; }
+    __device__ __forceinline__ void fill(const Inputs& inputs) {
+#pragma unroll
+        for (int n = 0; n < TOKENS; n++) {
+            const uint4* at = inputs.x + inputs.place[n];
+#pragma unroll
+            for (int block = 0; block < BLOCKS; block++)
+                if (inputs.token[n]) x[block][n] = inputs.there(block) ? at[block * 4] : make_uint4(0, 0, 0, 0);
+        }
     }
 };
 
-// Straight from memory, by way of L1.
-struct Direct {
-    Inputs inputs;
-    int unit;
-
-    __device__ __forceinline__ uint4 operator()(int block, int n) const {
-        const int vector = (unit * BLOCKS + block) * 4;
-        return inputs.there(vector, n) ? *inputs.at(vector, n) : make_uint4(0, 0, 0, 0);
-    }
-};
-
-// From a stage of shared memory that the warps of one unit have filled together, ahead of time.
-struct Staged {
-    uint4* stage;  // [BLOCKS][TOKENS][32]
+// A stage of shared memory that the warps of one unit fill.
+struct Stage {
+    uint4* memory;  // [SLOTS][32]
     int lane;
 
     __device__ __forceinline__ uint4 operator()(int block, int n) const {
-        return stage[(block * TOKENS + n) * 32 + lane];
+        return memory[(block * TOKENS + n) * 32 + lane];
     }
-
-    __device__ __forceinline__ void fill(const Inputs& inputs, int unit, int units, int row_warp) const {
-        if (unit < units) {
+    __device__ __forceinline__ void fill(const Inputs& inputs, int row_warp) const {
 #pragma unroll
-            for (int i = 0; i < (BLOCKS * TOKENS + ROW_WARPS - 1) / ROW_WARPS; i++) {
-                const int slot = i * ROW_WARPS + row_warp, n = slot % TOKENS;
-                const int vector = (unit * BLOCKS + slot / TOKENS) * 4;
-                if (BLOCKS * TOKENS % ROW_WARPS && slot >= BLOCKS * TOKENS) break;
-                const bool there = inputs.there(vector, n);
-                copy(stage + slot * 32 + lane, there ? inputs.at(vector, n) : inputs.x, there);
-            }
+        for (int i = 0; i < LOADS; i++) {
+            const int slot = i * ROW_WARPS + row_warp;
+            if (SLOTS % ROW_WARPS && slot >= SLOTS) break;
+            const bool there = inputs.there(slot / TOKENS);
+            copy(memory + slot * 32 + lane, inputs.x + (there ? inputs.place[i] : 0), there);
         }
-        end_copies();
     }
 };
 
@@ -106,22 +121,20 @@ __device__ __forceinline__ void add_unit(Sums& sums, const Codes (&codes)[ROWS],
     Sums part;  // of a group, where its scale is not in the values, as it is in those of E2M1
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) {
-        uint4 early[TOKENS];  // takes registers, and saves waiting
-        if (!LATE)
+        uint4 x[TOKENS];  // read before codes are unpacked: takes registers, and saves waiting
 #pragma unroll
-            for (int n = 0; n < TOKENS; n++) early[n] = read(block, n);
+        for (int n = 0; n < TOKENS; n++) x[n] = read(block, n);
         u32 a[ROWS][8];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) unpack(a[r], codes[r], block);
 #pragma unroll
         for (int n = 0; n < TOKENS; n++) {
-            const uint4 x = LATE ? read(block, n) : early[n];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 float(&sum)[4] = E2M1 ? sums[r][n] : part[r][n];
                 if (!E2M1 && block % SPAN == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-                multiply(sum, a[r], x.x, x.y);
-                multiply(sum, a[r] + 4, x.z, x.w);
+                multiply(sum, a[r], x[n].x, x[n].y);
+                multiply(sum, a[r] + 4, x[n].z, x[n].w);
             }
         }
         if (E2M1 || block % SPAN < SPAN - 1) continue;
@@ -155,40 +168,55 @@ __device__ __forceinline__ void add(float4& sum, const float4& other) {
 
 extern "C" __global__ void BOUNDS TOGETHER product(
     const uint4* __restrict__ low, const uint2* __restrict__ high, const Scales* __restrict__ scale,
-    const float* __restrict__ by_row, const float* __restrict__ by_token, const uint4* __restrict__ x,
-    const u16* __restrict__ bias, u16* __restrict__ y, int tokens, int outputs, int vectors, int units, int groups,
-    int shift) {
+    const float* __restrict__ by_row, const float* by_token, const uint4* x, const u16* __restrict__ bias, u16* y,
+    int tokens, int outputs, int vectors, int units, int groups, int shift) {
     // inputs [K_WARPS][STAGES][BLOCKS][TOKENS][32], afterwards sums [K_WARPS][FRAGMENTS][ROW_WARPS][32]
     extern __shared__ float4 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
     const int rank = blockIdx.x % CLUSTER;
     const int tile = (blockIdx.x / CLUSTER * ROW_WARPS + row_warp) * ROWS, last = (outputs - 1) / 16;
-    const int token = blockIdx.y * TOKENS * 8;
 #if BYTES
     const Weight weight{low, outputs, vectors};
 #else
     const Weight weight{low, high, scale, units, groups, shift};
 #endif
-    const Inputs inputs{x, tokens, vectors, token + lane / 4, lane % 4};
 
+    // what comes next is gone on from, and not worked out anew for every unit
     constexpr int STEP = CLUSTER * K_WARPS;
     const int begin = rank * K_WARPS + k_warp;
+    Next next[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) next[r] = weight.first(min(tile + r, last), begin, lane);
     Codes ring[DEPTH][ROWS];
     const auto fetch = [&](Codes(&codes)[ROWS], int unit) {
         if (unit >= units) return;
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) weight.load(codes[r], min(tile + r, last), unit, lane);
+        for (int r = 0; r < ROWS; r++) {
+            weight.load(codes[r], next[r], unit);
+            next[r].advance(STEP);
+        }
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) fetch(ring[d], begin + d * STEP);
-    meet_neighbours();
-    const auto stage = [&](int i) {
-        return Staged{reinterpret_cast<uint4*>(shared) + (k_warp * STAGES + i) * BLOCKS * TOKENS * 32, lane};
-    };
-    for (int i = 0; i < STAGES - 1; i++) stage(i).fill(inputs, begin + i * STEP, units, row_warp);
-    int now = 0;
+    Inputs inputs(x, tokens, vectors, begin, row_warp, lane);
     Sums sums = {};
+#if !STAGES
+    Held held = {};
+#endif
+    meet_neighbours();
+#if STAGES
+    const auto stage = [&](int i) {
+        return Stage{reinterpret_cast<uint4*>(shared) + (k_warp * STAGES + i) * SLOTS * 32, lane};
+    };
+    const auto fill = [&](int i, int unit) {
+        if (unit < units) stage(i).fill(inputs, row_warp);
+        end_copies();
+        inputs.advance(STEP);
+    };
+    for (int i = 0; i < STAGES - 1; i++) fill(i, begin + i * STEP);
+    int now = 0;
+#endif
     for (int unit = begin; unit < units; unit += DEPTH * STEP) {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
@@ -197,11 +225,13 @@ extern "C" __global__ void BOUNDS TOGETHER product(
 #if STAGES
             await_stage(k_warp);
             const int behind = now ? now - 1 : STAGES - 1;
-            stage(behind).fill(inputs, here + (STAGES - 1) * STEP, units, row_warp);
+            fill(behind, here + (STAGES - 1) * STEP);
             add_unit(sums, ring[d], stage(now));
             now = now + 1 < STAGES ? now + 1 : 0;
 #else
-            add_unit(sums, ring[d], Direct{inputs, here});
+            held.fill(inputs);
+            inputs.advance(STEP);
+            add_unit(sums, ring[d], held);
 #endif
             fetch(ring[d], here + DEPTH * STEP);
         }
@@ -233,7 +263,7 @@ extern "C" __global__ void BOUNDS TOGETHER product(
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int row = (tile + f / TOKENS) * 16 + lane / 4 + i / 2 * 8;
-            const int to = token + f % TOKENS * 8 + lane % 4 * 2 + i % 2;
+            const int to = (blockIdx.y * TOKENS + f % TOKENS) * 8 + lane % 4 * 2 + i % 2;
             if (row >= outputs || to >= tokens) continue;
             float value = values[i];
 #if BYTES

@@ -157,23 +157,24 @@ __device__ __forceinline__ void multiply_bytes(float (&sum)[4], const u32* a, u3
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Weights are read once: they must not push the inputs out of L1. Volatile keeps prefetches where they are written.
+// Weights are read once: they must not push the inputs out of L1. Volatile keeps prefetches where they are written, but
+// for the assembler, which would move loads that it knows to be of constants (.nc) behind `meet_neighbours`.
 __device__ __forceinline__ uint4 stream(const uint4* at) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
     return v;
 }
 
 __device__ __forceinline__ uint2 stream(const uint2* at) {
     uint2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
     return v;
 }
 
 __device__ __forceinline__ u32 stream(const u32* at) {
     u32 v;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(at));
     return v;
 }
 

@@ -9,9 +9,8 @@ costs nothing beside them, is left to the library's product on a scratch copy in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
-from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from ..numerics.grid import to_values
 from . import wide_product
 from .compile import Constants, available, compiled, processors
-from .layout import Prepared, restore
+from .layout import COLUMNS, Prepared, restore
 
 FEW = 32
 """Tokens up to which every weight is read for all of them at once."""
@@ -30,9 +29,7 @@ _TOKENS = 8
 """Tokens of one tensor core operation."""
 _SHARED = 200 * 1024
 """Bytes of shared memory that a plan may take."""
-Kind = Literal["int2", "int3", "int4", "int4 of fp16", "int8", "floats", "bytes"]
-"""What codes are, as far as plans differ: integers by their bits, E2M1, and codes whose inputs are codes too."""
-_WIDE = {2: (28, 1, 2), 3: (28, 1, 3), 4: (28, 1, 3)}
+_WIDE = {2: (28, 1, 4), 3: (28, 1, 3), 4: (28, 1, 3)}
 """Most warps of a block, depth and stages, by tiles of tokens: where more than four tiles of rows share x."""
 _NARROW = {2: (32, 1, 3), 3: (16, 1, 3), 4: (20, 2, 3)}
 """The same for fewer."""
@@ -51,8 +48,6 @@ class Plan:
     cluster: int
     depth: int
     stages: int
-    late: bool = False
-    """Inputs are read when weights are unpacked, and not before."""
     resident: int = 0
     """Blocks for which a processor has registers; 0 leaves it to the compiler."""
 
@@ -82,7 +77,7 @@ def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
     if not len(flat):
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     if len(flat) <= FEW:
-        y = product(flat, weight, bias, plan(len(flat), weight, x.dtype))
+        y = product(flat, weight, bias, plan(len(flat), weight))
     elif len(flat) <= wide_product.MOST and wide_product.refusal(weight) is None:
         y = wide_product.product(whole_vectors(flat), weight, bias, wide_product.plan(len(flat), weight))
     else:
@@ -114,17 +109,15 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
     return out[:, :inputs]
 
 
-def plan(tokens: int, weight: Prepared, dtype: torch.dtype) -> Plan:
-    """How to share out a product of a number of tokens of a dtype on the weight's device."""
-    (tiles, units), device = weight.low.shape[:2], weight.low.device
-    halves = weight.bits == 4 and dtype == torch.float16
-    kind = "floats" if weight.factor is not None else "int4 of fp16" if halves else f"int{weight.bits}"
-    return plan_for(tokens, tiles, units, device, cast(Kind, kind))
+def plan(tokens: int, weight: Prepared) -> Plan:
+    """How to share out a product of a number of tokens on the weight's device."""
+    tiles, units = weight.low.shape[:2]
+    return plan_for(tokens, tiles, units, weight.low.device)
 
 
-def plan_for(tokens: int, tiles: int, units: int, device: torch.device, kind: Kind) -> Plan:
-    """The same for a weight of so many tiles of rows and units of columns, and codes of a kind."""
-    return _plan(-(-tokens // _TOKENS), tiles, units, processors(device), kind)
+def plan_for(tokens: int, tiles: int, units: int, device: torch.device) -> Plan:
+    """The same for a weight of so many tiles of rows and units of columns."""
+    return _plan(-(-tokens // _TOKENS), tiles, units, processors(device))
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
@@ -159,7 +152,8 @@ def start(
     how: Plan,
 ) -> None:
     """Start `product.cu` on the pointers and counts of a weight of so many tiles of rows."""
-    constants = (*form, ("BIAS", int(bias is not None)), *how.constants())
+    whole = ("WHOLE", int(x.shape[1] % COLUMNS == 0))
+    constants = (*form, ("BIAS", int(bias is not None)), whole, *how.constants())
     kernel = compiled("product", constants, x.device.index, how.shared)
     (tokens, outputs), vectors = y.shape, x.shape[1] * x.element_size() // 16
     kernel(
@@ -169,38 +163,22 @@ def start(
     )
 
 
-_ONE: dict[Kind, tuple[bool, Plan]] = {
-    "int4": (False, Plan(1, 1, 1, 8, 1, 1, 0, late=True)),
-    "int4 of fp16": (True, Plan(2, 1, 1, 8, 1, 1, 0)),
-    "int2": (True, Plan(2, 1, 1, 8, 1, 1, 0, late=True, resident=4)),
-    "int3": (True, Plan(1, 1, 1, 16, 1, 1, 0)),
-    "int8": (False, Plan(2, 1, 1, 4, 1, 2, 0)),
-    "floats": (True, Plan(1, 1, 1, 8, 1, 1, 0)),
-    "bytes": (True, Plan(1, 1, 1, 8, 1, 1, 0)),
-}
-"""For one tile of tokens: whether codes take so many registers that two blocks of 16 warps have no room on a processor
-beside each other, where one of 32 has; and the plan for many tiles of rows."""
-
-
 @cache
-def _plan(tokens: int, tiles: int, units: int, processors: int, kind: Kind) -> Plan:
+def _plan(tokens: int, tiles: int, units: int, processors: int) -> Plan:
     """The plan for tiles of eight tokens, tiles of rows and units of columns: rules read off searches on Hopper.
 
-    One tile of tokens: many warps, each with little to wait for; what they read of x stays in L1. More of them: warps
-    of several tiles of rows share what they read of x, and the blocks fill the processors once, as evenly as they can.
+    One tile of tokens: 32 warps of 64 registers on a processor, each with little to wait for; what they read of x stays
+    in L1. More of them: warps of several tiles of rows share what they read of x, and the blocks fill the processors
+    once, as evenly as they can.
     """
-    if tokens == 1:
-        thick, many = _ONE[kind]
-        if 2 * tiles < 7 * processors:
-            deep = kind == "int4 of fp16" and units > 64  # found for this kind alone
-            row_warps = 2 if thick and not deep and processors < tiles <= 2 * processors else 1
-            return Plan(1, 1, row_warps, min(units, 16), 1, 2 if deep else 1, 0)
-        return replace(many, k_warps=min(units, many.k_warps))
     short = units <= 64
+    if tokens == 1:
+        warps = 16 if 2 * tiles < 7 * processors else 8
+        return Plan(1, 1, 1, min(units, warps), 1, 1, 0, resident=32 // warps)
     if tokens == 2 and not short and tiles <= 2 * processors:
-        return Plan(2, 2, 2, min(units // 2, 8), 2, 1, 3)
+        return Plan(2, 2, 2, min(units // 2, 8), 2, 1, 2)
     if tokens == 2 and short and processors < tiles <= 2 * processors:
-        return Plan(2, 2, 1, min(units, 16), 1, 1, 0)
+        return Plan(1, 2, 2, min(units, 8), 1, 1, 0, resident=1)
     tokens = min(tokens, MOST)
     cluster = 2 if 2 * tiles < 5 * processors and units > 1 and (tokens > 5 or not short) else 1
     share = tiles * cluster / processors
