@@ -2,9 +2,10 @@
 
     python benchmarks/peer_blocks.py --peer-python PEER/bin/python [--methods gptq awq] [--samples 128] [--length 2048]
 
-Both quantize random models of one block and of three on the same random tokens; a block is half the difference, so
-that loading, writing and the start of CUDA do not count for either. Each run is a process of its own; the first one of
-each, which compiles kernels and fills the disk's cache, is not counted.
+Both quantize random models of one block and of several on the same random tokens; a block is its share of the
+difference, so that loading, writing and the start of CUDA do not count for either. lowbit takes nine blocks and
+llm-compressor three: what starting takes differs by a second from run to run, which is as long as lowbit's block. Each
+run is a process of its own; the first one of each, which compiles kernels and fills the disk's cache, is not counted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from memory import make_model
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
+OUR_BLOCKS, PEER_BLOCKS = 9, 3
 RECIPES = {"gptq": "gptq-w4a16-g128", "awq": "awq-w4a16-g128"}
 OURS = """
 import json, sys, time, torch, lowbit
@@ -52,22 +54,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         models = {
             blocks: str(make_model(Path(scratch) / f"{blocks}", arguments.tokenizer, shape(blocks)))
-            for blocks in (1, 3)
+            for blocks in (1, OUR_BLOCKS, PEER_BLOCKS)
         }
         tokens = f"{scratch}/tokens.safetensors"
         ids = torch.randint(0, LLAMA_8B["vocab_size"], (arguments.samples, arguments.length))
         save_file({"calibration": ids}, tokens)
         for method in arguments.methods:
             ours = [sys.executable, "-c", OURS, RECIPES[method]]
+            peer = [arguments.peer_python, str(HERE / "peers" / "llmcompressor_blocks.py"), method]
             tools = {
-                "lowbit": [*ours, ""],
-                f"lowbit --gpu-memory {arguments.gpu_memory}GiB": [*ours, str(arguments.gpu_memory)],
-                "llm-compressor": [arguments.peer_python, str(HERE / "peers" / "llmcompressor_blocks.py"), method],
+                "lowbit": (OUR_BLOCKS, [*ours, ""]),
+                f"lowbit --gpu-memory {arguments.gpu_memory}GiB": (OUR_BLOCKS, [*ours, str(arguments.gpu_memory)]),
+                "llm-compressor": (PEER_BLOCKS, peer),
             }
             medians = []
-            for tool, command in tools.items():
+            for tool, (blocks, command) in tools.items():
                 measured(command, models[1], tokens, scratch)
-                runs = [difference(command, models, tokens, scratch) for _ in range(arguments.rounds)]
+                runs = [difference(command, models, blocks, tokens, scratch) for _ in range(arguments.rounds)]
                 seconds = [run["seconds"] for run in runs]
                 medians.append(statistics.median(seconds))
                 peak = max(run["peak"] for run in runs) / 2**30
@@ -81,10 +84,10 @@ def shape(blocks: int) -> dict[str, Any]:
     return {**LLAMA_8B, "num_hidden_layers": blocks}
 
 
-def difference(command: list[str], models: dict[int, str], tokens: str, scratch: str) -> dict[str, float]:
-    """Seconds of a block, and the peak of the larger run."""
-    one, three = (measured(command, models[blocks], tokens, scratch) for blocks in (1, 3))
-    return {"seconds": (three["seconds"] - one["seconds"]) / 2, "peak": three["peak"]}
+def difference(command: list[str], models: dict[int, str], blocks: int, tokens: str, scratch: str) -> dict[str, float]:
+    """Seconds of a block, by runs of one and of so many, and the peak of the larger run."""
+    one, many = (measured(command, models[count], tokens, scratch) for count in (1, blocks))
+    return {"seconds": (many["seconds"] - one["seconds"]) / (blocks - 1), "peak": many["peak"]}
 
 
 def measured(command: list[str], model: str, tokens: str, scratch: str) -> dict[str, float]:
