@@ -277,5 +277,6 @@ def test_an_option_that_no_command_has_is_answered_by_the_command(
 ) -> None:
     model = [] if command == "speed" else ["demo"]
     recipe = ["--recipe", "rtn-w4a16"] if command == "quantize" else []
-    sentence = said(capsys, command, *model, *recipe, "--windows", "4", status=2)
-    assert sentence == f"lowbit {command}: unrecognized arguments: --windows 4 (see lowbit {command} --help)"
+    for option, meant in (("--nonsense", ""), ("--jsom", "; did you mean --json?")):
+        sentence = said(capsys, command, *model, *recipe, option, "4", status=2)
+        assert sentence == f"lowbit {command}: unrecognized arguments: {option} 4{meant} (see lowbit {command} --help)"

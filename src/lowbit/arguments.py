@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +22,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # argparse would let the parser of all commands say so
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options = [each.partition("=")[0] for each in unknown if each.startswith("--")]
+            near = [match for each in options for match in get_close_matches(each, self._option_string_actions, 1)]
+            meant = f"; did you mean {' '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
