@@ -23,7 +23,9 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:  # argparse would let the parser of all commands say so
             options = [each.partition("=")[0] for each in unknown if each.startswith("--")]
-            near = [match for each in options for match in get_close_matches(each, self._option_string_actions, 1)]
+            near = [
+                match for each in options for match in get_close_matches(each, self._option_string_actions, 1, 0.75)
+            ]
             meant = f"; did you mean {' '.join(near)}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return found, unknown
