@@ -150,10 +150,10 @@ def test_the_gpu_agrees_with_fp64(spec: Spec, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.usefixtures("poisoned")
-def test_the_gpu_shares_out_the_work_in_every_way() -> None:
-    for plan in (*PLANS, Plan(64, 8), Plan(128, 8), Plan(192, 5), Plan(256, 3)):
-        for rows, columns, tokens in ((136, 1024, 70), (1032, 4096, 513)):
-            check(quantized(rows, columns, per_group(Int(4), 128), DEVICE), tokens, torch.bfloat16, plan)
+@pytest.mark.parametrize("plan", [*PLANS, Plan(64, 8), Plan(128, 8), Plan(192, 5), Plan(256, 3)], ids=str)
+def test_the_gpu_shares_out_the_work_in_every_way(plan: Plan) -> None:
+    for rows, columns, tokens in ((136, 1024, 70), (1032, 4096, 513)):
+        check(quantized(rows, columns, per_group(Int(4), 128), DEVICE), tokens, torch.bfloat16, plan)
 
 
 @pytest.mark.gpu
