@@ -125,7 +125,7 @@ def test_the_source_multiplies_every_format(spec: Spec, dtype: torch.dtype) -> N
 @needs_gcc
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(("spec", "dtype"), [case for case in EVERY if case[0].bits == 3], ids=str)
-def test_fields_that_lanes_trade_are_found_in_every_place(spec: Spec, dtype: torch.dtype) -> None:
+def test_three_bits_are_found_in_every_place(spec: Spec, dtype: torch.dtype) -> None:
     """Each token has one input, which is 1: its outputs are a column of weights, to the last bit."""
     weight, x = everywhere(spec), torch.eye(128).to(dtype)
     found = wide_product.product(x, prepare(weight), torch.zeros(weight.shape[0]).to(dtype), Plan(64, 1))

@@ -2,7 +2,7 @@
 //
 // The host writes these constants in front: BITS (2, 3, 4, 8), E2M1 (codes are floats of 4 bits, else integers), BFLOAT
 // (bf16, else fp16), ZERO (zero-points are stored), WIDE (scales are fp32, else fp16), GROUPS (scales of a row in a
-// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1), TRADED (lanes have traded what they loaded: see wide_product.cu).
+// unit of 128 columns: 4, 2 or 1; 8 or 4 of E2M1).
 //
 // An integer q becomes a float without a conversion: put into the low mantissa bits of a power of two whose last place
 // counts ones, it is that power plus q. A mantissa has room for several fields of few bits, and a field k places up is
@@ -30,6 +30,7 @@ constexpr u32 BOTH = 0x00010001;
 constexpr u32 SIGN = 0x8000 * BOTH;
 constexpr u32 POWER = (BFLOAT ? 0x4300 : 0x6400) * BOTH;  // 128 and 1024
 constexpr u32 UNIT = (BFLOAT ? 0x3f80 : 0x3c00) * BOTH;   // 1
+constexpr u32 MINUS_TWO = 0xc000 * BOTH;
 constexpr u32 MIDDLE = 1u << (BITS - 1);
 constexpr u32 ONE = (BFLOAT ? 0x7e80 : 0x7400) * BOTH;  // 2^126 and 2^14: what makes E2M1's bits its value
 constexpr float FOLDED = 128.0f;                        // what scales in the values are too small by
@@ -57,10 +58,7 @@ typedef u32 Scales;
 struct Codes {
     uint4 low[VECTORS];
 #if BITS == 3
-    uint2 high;  // what four words have no room for
-#if TRADED
-    u32 last;  // the pairs of the last half of the last block
-#endif
+    uint2 high;  // what four words have no room for: two bytes of a pair each
 #endif
     Scales scale[E2M1 ? 2 : GROUPS];  // of E2M1, the second one where a lane's columns are of both groups of a block
 };
@@ -99,23 +97,16 @@ struct Weight {
     }
 };
 
-// Where a pair is: block, pair and half are constants once loops are unrolled. Of 3 bits a word has five fields: words
-// 0 to 3 those of a pair, the two behind them what is left of two pairs each, but for one that is GATHERED.
-constexpr int GATHERED = 5;
-__device__ __forceinline__ int slot(int block, int pair, int half) {
-    const int place = block * 2 + half;
-    if (BITS != 3) return place % FIELDS;
-    return place < FIELDS ? place : TRADED && place == 7 ? pair : (place - FIELDS) * 2 + pair % 2;
-}
-__device__ __forceinline__ u32 word_of(const Codes& codes, int block, int pair, int half) {
-    const int place = block * 2 + half;
+// Where a pair is: block, pair and half are constants once loops are unrolled. A place is one of the eight pairs of codes
+// that a lane has of two columns; of 3 bits five are in a word, and three are two bytes.
+__device__ __forceinline__ int place_of(int block, int half) { return block * 2 + half; }
+__device__ __forceinline__ u32 word_of(const Codes& codes, int place, int pair) {
 #if BITS == 3
-#if TRADED
-    if (place == 7) return codes.last;
-#endif
-    if (place >= FIELDS) return pair < 2 ? codes.high.x : codes.high.y;
-#endif
+    if (place >= FIELDS) return __byte_perm(pair < 2 ? codes.high.x : codes.high.y, 0, pair % 2 ? 0x4342 : 0x4140);
+    const uint4 v = codes.low[0];
+#else
     const uint4 v = codes.low[place / FIELDS];
+#endif
     return pair == 0 ? v.x : pair == 1 ? v.y : pair == 2 ? v.z : v.w;
 }
 
@@ -140,7 +131,8 @@ __device__ __forceinline__ u32 constant(const Codes& codes, int block, int half,
 // has them; the fourth is in what they leave of the 16 bits.
 __device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half, u32 constant) {
     constexpr int UP = BFLOAT ? 0 : 3;
-    const u32 word = word_of(codes, block, pair, half), step = slot(block, pair, half);
+    const int place = place_of(block, half), step = place % FIELDS;
+    const u32 word = word_of(codes, place, pair);
     if (step == 3) {
         const u32 mantissa = word >> (7 - UP) & (0x0040 << UP) * BOTH;
         const u32 size = with_power(word >> (3 - UP), (0x0180 << UP) * BOTH, mantissa);
@@ -166,49 +158,44 @@ __device__ __forceinline__ u32 factor(const Codes& codes, int group, int half) {
 // A power of two as a word has it, divided by 2^k.
 __device__ __forceinline__ u32 lowered(u32 power, int k) { return power - ((u32)k << MANTISSA) * BOTH; }
 
-// How far up in a mantissa the field of a slot is looked at.
-__device__ __forceinline__ int place_up(int slot) { return slot == GATHERED && BITS == 3 ? 0 : slot % FREE * BITS; }
+// How far up in a mantissa the fields of a place are looked at.
+__device__ __forceinline__ int place_up(int place) { return place % FIELDS % FREE * BITS; }
 
-// What goes to a code of a pair of a block, twice in a word: it is negative.
-__device__ __forceinline__ u32 constant(const Codes& codes, int block, int pair, int half) {
-    const int up = place_up(slot(block, pair, half));
-    const u32 power = lowered(POWER, up) | SIGN;
+// The place of 3 bits of which two bytes have two; the third is the last one of a word, where signs are.
+constexpr int DIVIDED = BITS == 3 ? 7 : 8;
+
+// What goes to a code of a place, twice in a word: it is negative.
+__device__ __forceinline__ u32 constant(const Codes& codes, int block, int half) {
+    const int place = place_of(block, half), up = place_up(place);
+    const u32 power = (lowered(POWER, up) | SIGN) + (place == DIVIDED ? 2u << up : 0) * BOTH;
 #if ZERO
     const u32 both = zeros(codes.scale[block / SPAN]);
     if (SPLIT) return (__float_as_uint(128.0f - (float)(both >> 8 * half & 255)) >> 16) * BOTH;
-    if (up == 0) return __byte_perm(both, power, half ? 0x5151 : 0x5050);  // the power's lower byte is zero
+    if (!up && !(power & 255)) return __byte_perm(both, power, half ? 0x5151 : 0x5050);
     return power + (__byte_perm(both, 0, half ? 0x4141 : 0x4040) << up);
 #else
     return SPLIT ? 0 : power + (MIDDLE << up) * BOTH;
 #endif
 }
 
-#if BITS == 3
-// The pair of which three words have a bit, their last.
-__device__ __forceinline__ u32 gathered(const Codes& codes, int pair) {
-    const uint4 low = codes.low[0];
-    const u32 first = pair < 2 ? low.x : low.z, second = pair < 2 ? low.y : low.w;
-    const u32 third = pair < 2 ? codes.high.x : codes.high.y;
-    return with_power(first >> 15, BOTH, POWER) | (second >> 14 & 2 * BOTH) | (third >> 13 & 4 * BOTH);
-}
-#endif
-
 // q - z of one pair of a block; rows are g for half 0 and g + 8 for half 1.
 __device__ __forceinline__ u32 levels(const Codes& codes, int block, int pair, int half) {
-    const u32 taken = constant(codes, block, pair, half), word = word_of(codes, block, pair, half);
-    const int at = slot(block, pair, half), up = place_up(at);
+    const int place = place_of(block, half), at = place % FIELDS * BITS, up = place_up(place);
+    const u32 taken = constant(codes, block, half), word = word_of(codes, place, pair);
     if (SPLIT) {
         // codes from 128 on are 128 too small then, which centres them; from the others 256 is taken instead
-        const u32 bits = word >> at * 8;
+        const u32 bits = word >> at;
         const u32 centred =
             fused(with_power(bits, 0x7f * BOTH, POWER), UNIT, flipped(bits, 0x80 * BOTH, 0xc380 * BOTH));
         return ZERO ? fused(centred, UNIT, taken) : centred;
     }
-#if BITS == 3
-    if (at == GATHERED) return fused(gathered(codes, pair), UNIT, taken);
-#endif
-    const u32 number = with_power(word >> (at * BITS - up), (((1u << BITS) - 1) << up) * BOTH, POWER);
-    return fused(number, lowered(UNIT, up), taken);
+    const u32 bits = word >> (at - up), unit = lowered(UNIT, up);
+    if (place == DIVIDED) {
+        // four stand above the two bits, of which two are taken; two more go or come with the third bit
+        const u32 above = fused(with_power(bits, (3u << up) * BOTH, POWER + (4u << up) * BOTH), unit, taken);
+        return fused(above, UNIT, flipped(word_of(codes, 0, pair), SIGN, MINUS_TWO));
+    }
+    return fused(with_power(bits, (((1u << BITS) - 1) << up) * BOTH, POWER), unit, taken);
 }
 #endif
 #endif

@@ -9,8 +9,9 @@ rows g and g + 8 (its *halves*) and, of every *block* of 32 columns, columns 8t 
 words of a vector are the four pairs: each has fields for several blocks and both halves (row g first), even columns in
 its lower 16 bits and odd ones in its upper. So a product unpacks all of a block by one shift at most, and where columns
 are wanted in another order, lanes of a row trade whole words (`wide_product.cu`). Three bits do not divide a word's
-half, which has five codes and a bit. So the four words have five of eight fields each, two more words what is left of
-two pairs each but for a code, and that has a bit of three words. E2M1 has its bits where one shift brings them to those
+half, which has five codes and a bit. So four words have five of eight places each, and what is left of a pair are two
+bytes, one for even columns and one for odd ones, of which two more words have two each; but for the third bits of the
+last place, which are a word's own last ones. E2M1 has its bits where one shift brings them to those
 of bf16.
 
 E2M1 with a scale for 16 or 32 columns (NVFP4, MXFP4) keeps a byte per group, and one fp32 factor per row for what is
@@ -37,8 +38,8 @@ ROWS, COLUMNS = 16, 128
 WIDTHS = (2, 3, 4, 8)
 _PLACES = ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (13, 10, 11, 14))
 """Bits of a word's half in which E2M1's mantissa, exponent and sign lie, by field."""
-_BITS, _LAST = torch.tensor([[0], [1], [2]], dtype=torch.int32), torch.tensor([15, 31], dtype=torch.int32)
-"""Bits of a code of 3 that is gathered, and where words have one: in an even column's half and in an odd one's."""
+_KEPT = torch.tensor([7, 7, 3], dtype=torch.int32)[:, None, None]
+"""Bits of a code of 3 in its pair's two bytes, by place: the last place's third bit is in the word."""
 _TOP = 8
 """Exponent of a row's largest scale over its factor: E4M3's largest."""
 _SPREAD = 24
@@ -318,27 +319,32 @@ def _unpack(words: Tensor, places: Tensor) -> Tensor:
 
 def _pack_threes(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of 3 bits uint8 [16 T, 128 U] as int32 [T, U, 1, 32, 4] and [T, U, 32, 2]."""
-    shifts = _shifts(3, codes.device)[..., 0]  # field, even or odd
-    parts = _by_lane(codes).int().flatten(4, 5)  # tile, unit, g, t, field, pair, even or odd
-    four = (parts[:, :, :, :, :5].transpose(4, 5) << shifts).sum((-2, -1), dtype=torch.int32)
-    rest = parts[:, :, :, :, 5:].unflatten(5, (2, 2)).transpose(4, 5).flatten(5, 6)  # word, field, even or odd
-    two = (rest[..., :5, :] << shifts).sum((-2, -1), dtype=torch.int32)
-    bits = (rest[..., 5, None, :] >> _BITS.to(codes.device) & 1) << _LAST.to(codes.device)  # word, bit, even or odd
-    bits = bits.sum(-1, dtype=torch.int32)
-    four, two = four + bits[..., :2].flatten(4, 5), two + bits[..., 2]  # wraps
-    return four.flatten(2, 3)[:, :, None].contiguous(), two.flatten(2, 3).contiguous()
+    parts = _by_lane(codes).int().flatten(4, 5)  # tile, unit, g, t, place, pair, even or odd
+    first, last = _split(codes.device)
+    words = (parts[:, :, :, :, :5] << first[:5]).sum((4, 6), dtype=torch.int32)  # wraps, as the next one does
+    words = words + ((parts[:, :, :, :, 7] >> 2) << last).sum(-1, dtype=torch.int32)
+    rest = ((parts[:, :, :, :, 5:] & _KEPT.to(codes.device)) << first[5:]).sum((4, 6), dtype=torch.int32)
+    high = rest[..., ::2] + (rest[..., 1::2] << 16)
+    return words.flatten(2, 3)[:, :, None].contiguous(), high.flatten(2, 3).contiguous()
 
 
 def _unpack_threes(low: Tensor, high: Tensor) -> Tensor:
     """The inverse of `_pack_threes`."""
-    shifts = _shifts(3, low.device)[..., 0]
-    four, two = low[:, :, 0].unflatten(2, (8, 4)), high.unflatten(2, (8, 4))
-    first = (four[..., None, None] >> shifts & 7).transpose(4, 5)  # tile, unit, g, t, field, pair, even or odd
-    words = torch.cat([four.unflatten(4, (2, 2)), two[..., None]], -1)[..., None]  # of a code that is gathered
-    gathered = ((words >> _LAST.to(low.device) & 1) << _BITS.to(low.device)).sum(-2, dtype=torch.int32)
-    rest = torch.cat([two[..., None, None] >> shifts & 7, gathered[..., None, :]], 5)
-    rest = rest.unflatten(5, (3, 2)).transpose(4, 5).flatten(5, 6)
-    return _by_row(torch.cat([first, rest], 4).to(torch.uint8).unflatten(4, (4, 2)))
+    first, last = _split(low.device)
+    words, two = low[:, :, 0].unflatten(2, (8, 4)), high.unflatten(2, (8, 4))
+    rest = torch.stack([two & 0xFFFF, two >> 16 & 0xFFFF], -1).flatten(-2)  # of four pairs
+    front = words[:, :, :, :, None, :, None] >> first[:5] & 7
+    behind = rest[:, :, :, :, None, :, None] >> first[5:] & _KEPT.to(low.device)
+    behind[:, :, :, :, 2] += (words[..., None] >> last & 1) << 2
+    return _by_row(torch.cat([front, behind], 4).to(torch.uint8).unflatten(4, (4, 2)))
+
+
+def _split(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where codes of 3 bits lie: of each place [8, 1, even or odd], five in a word and three in two bytes; and where a
+    word has the third bit of the last one [even or odd]."""
+    in_word = [[3 * place, 3 * place + 16] for place in range(5)]
+    places = torch.tensor([*in_word, [0, 8], [3, 11], [6, 14]], dtype=torch.int32, device=device)
+    return places[:, None], torch.tensor([15, 31], dtype=torch.int32, device=device)
 
 
 def _by_lane(codes: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ class Plan:
 
     def constants(self) -> Constants:
         """What the source is compiled with."""
-        own = ((field.name.upper(), int(getattr(self, field.name))) for field in fields(self))
-        return ("TRADED", 0), *own
+        return tuple((field.name.upper(), int(getattr(self, field.name))) for field in fields(self))
 
 
 def linear(x: Tensor, weight: Prepared, bias: Tensor | None = None) -> Tensor:
@@ -103,7 +102,7 @@ def dequantized(weight: Prepared, dtype: torch.dtype) -> Tensor:
     outputs, inputs = weight.shape
     out = torch.empty(outputs, inputs + -inputs % 8, device=weight.low.device, dtype=dtype)
     tiles, units = weight.low.shape[:2]
-    kernel = compiled("dequantize", (*weight.constants(dtype), ("TRADED", 0)), weight.low.device.index)
+    kernel = compiled("dequantize", weight.constants(dtype), weight.low.device.index)
     arguments: list[Tensor | int] = [*weight.pointers(), out, outputs, out.shape[1] // 8, *weight.counts()]
     kernel((-(-tiles * units // 8), 1), 256, arguments)
     return out[:, :inputs]

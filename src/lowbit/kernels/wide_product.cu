@@ -60,29 +60,6 @@ struct Inputs {
 
 // --- codes ----------------------------------------------------------------------------------------------------------
 
-#if BITS == 3
-constexpr u32 FIRST_OF_TWO = 0x1c7 * BOTH, FIRST_TWO = 0x3f * BOTH;  // fields
-
-// Fields of a word trade places between lanes: later ones of the lane whose number has this bit clear for earlier ones
-// of the lane whose number has it set. Those of words trade places themselves.
-template <int BIT, int BY, u32 EARLIER>
-__device__ __forceinline__ u32 trade(u32 word, int lane) {
-    const u32 other = __shfl_xor_sync(0xffffffff, word, BIT);
-    return lane & BIT ? (word & ~EARLIER) | (other >> BY & EARLIER) : (word & EARLIER) | (other << BY & ~EARLIER);
-}
-__device__ __forceinline__ uint2 trade_words(uint2 words, int lane) {
-    const u32 other = __shfl_xor_sync(0xffffffff, lane & 2 ? words.x : words.y, 2);
-    return lane & 2 ? uint2{other, words.y} : uint2{words.x, other};
-}
-
-// Pairs of the last half block beside each other: two are fields, two have their bits in all words of a lane.
-__device__ __forceinline__ u32 last_pairs(const uint4& low, const uint2& high) {
-    const u32 first = (high.x >> 12 & 7 * BOTH) | (low.x >> 12 & 8 * BOTH) | (low.y >> 11 & 16 * BOTH);
-    const u32 second = (high.x >> 10 & 32 * BOTH) | (high.y >> 6 & 0x1c0 * BOTH) | (low.z >> 6 & 0x200 * BOTH);
-    return first | second | (low.w >> 5 & 0x400 * BOTH) | (high.y >> 4 & 0x800 * BOTH);
-}
-#endif
-
 // Where a lane's vector is: the eight that a row of 8 x 8 words is read from lie in different banks, as do neighbours.
 __device__ __forceinline__ int spread(int lane) { return lane ^ lane / 8; }
 
@@ -129,12 +106,9 @@ struct Ring {
         }
         at += LOW_VECTORS;
 #if BITS == 3
-        codes.high = reinterpret_cast<const uint2*>(at)[lane];
-        codes.last = last_pairs(at[spread(lane) - LOW_VECTORS], codes.high);
-        codes.last = trade<2, 6, FIRST_TWO>(trade<1, 3, FIRST_OF_TWO>(codes.last, lane), lane);
-        codes.high.x = trade<1, 3, FIRST_OF_TWO>(codes.high.x, lane);
-        codes.high.y = trade<1, 3, FIRST_OF_TWO>(codes.high.y, lane);
-        codes.high = trade_words(codes.high, lane);
+        const u32* words = reinterpret_cast<const u32*>(at) + lane / 4 * 8 + lane % 4 / 2;  // of two pairs, lane by lane
+        const u32 halves = lane % 2 ? 0x7632 : 0x5410;
+        codes.high = {__byte_perm(words[0], words[2], halves), __byte_perm(words[4], words[6], halves)};
         at += HIGH_VECTORS;
 #endif
         const Scales* scales = reinterpret_cast<const Scales*>(at);

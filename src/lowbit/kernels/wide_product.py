@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 
     def constants(self) -> Constants:
         """What the source is compiled with."""
-        return ("TRADED", 1), ("TOKENS", self.tokens), ("SPLITS", self.splits), ("SUMS", _SET // 2)
+        return ("TOKENS", self.tokens), ("SPLITS", self.splits), ("SUMS", _SET // 2)
 
 
 def refusal(weight: Prepared) -> str | None:
