@@ -97,8 +97,8 @@ struct Weight {
     }
 };
 
-// Where a pair is: block, pair and half are constants once loops are unrolled. A place is one of the eight pairs of codes
-// that a lane has of two columns; of 3 bits five are in a word, and three are two bytes.
+// Where a pair is: block, pair and half are constants once loops are unrolled. A place is one of the eight pairs of
+// codes that a lane has of two columns; of 3 bits five are in a word, and three are two bytes.
 __device__ __forceinline__ int place_of(int block, int half) { return block * 2 + half; }
 __device__ __forceinline__ u32 word_of(const Codes& codes, int place, int pair) {
 #if BITS == 3

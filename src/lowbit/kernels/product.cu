@@ -9,13 +9,14 @@
 //
 // More constants from the host: BIAS; ROWS, TOKENS (tiles of rows and of eight tokens, of a warp); ROW_WARPS, K_WARPS
 // (of a block); CLUSTER (blocks that share rows); DEPTH (units in flight); STAGES (units whose inputs are in shared
-// memory: 0, or 2 and more); RESIDENT (blocks that a processor has to have registers for, or 0); WHOLE (no columns are missing in the last unit).
+// memory: 0, or 2 and more); RESIDENT (blocks that a processor has to have registers for, or 0); WHOLE (no columns are
+// missing in the last unit).
 
 constexpr int FRAGMENTS = ROWS * TOKENS;
 
 // What a lane reads next of x: 16 bytes of one token of each tile of eight, or its part of what the warps of a unit
-// bring to shared memory together, ahead of time. Columns that do not exist are zeros; for a token that
-// does not, any numbers will do, since nobody stores its sums.
+// bring to shared memory together, ahead of time. Columns that do not exist are zeros; for a token that does not, any
+// numbers will do, since nobody stores its sums.
 constexpr int SLOTS = BLOCKS * TOKENS;  // of a unit
 constexpr int LOADS = STAGES ? (SLOTS + ROW_WARPS - 1) / ROW_WARPS : TOKENS;
 struct Inputs {

@@ -106,7 +106,7 @@ struct Ring {
         }
         at += LOW_VECTORS;
 #if BITS == 3
-        const u32* words = reinterpret_cast<const u32*>(at) + lane / 4 * 8 + lane % 4 / 2;  // of two pairs, lane by lane
+        const u32* words = reinterpret_cast<const u32*>(at) + lane / 4 * 8 + lane % 4 / 2;  // two pairs of every lane
         const u32 halves = lane % 2 ? 0x7632 : 0x5410;
         codes.high = {__byte_perm(words[0], words[2], halves), __byte_perm(words[4], words[6], halves)};
         at += HIGH_VECTORS;
