@@ -282,6 +282,12 @@ def test_plans_fit_the_device(processors: int) -> None:
                 assert plan.stages == 0 or plan.row_warps == 1 or plan.k_warps < 16
 
 
+def test_loads_keep_their_place() -> None:
+    """The assembler moves loads of constants behind the wait for the kernel before, where they cost all their time."""
+    sources = [path.read_text("utf8") for path in Path(compiling.__file__).parent.glob("*.cu*")]
+    assert sources and not any("ld.global.nc" in text for text in sources)
+
+
 # --- the sources on a CPU ---------------------------------------------------------------------------------------------
 
 needs_gcc = pytest.mark.skipif(shutil.which("g++") is None or GPU, reason="needs g++, and runs where there is no GPU")
