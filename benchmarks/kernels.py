@@ -42,13 +42,17 @@ def other_plans(tokens: int, tiles: int, units: int) -> Iterator[Plan]:
     if each == 1:  # inputs stay in L1, and many warps with little to do each are best
         most, sharing, ahead = 32, ((1, 2), (4, 8, 16)), ((1, 0), (2, 0))
     else:
-        most, sharing, ahead = (32, 16)[each > 4], ((1, 2, 3, 4, 7, 8), (1, 2, 3, 4, 8)), ((1, 2), (1, 3), (2, 3))
-    for rows, row_warps, k_warps, cluster in itertools.product((1, 2), *sharing, (1, 2, 4)):
+        most, sharing = (32, 16)[each > 4], ((1, 2, 3, 4, 7, 8), (1, 2, 3, 4, 8))
+        ahead = ((1, 0), (1, 2), (1, 3), (1, 4), (2, 3))
+    for rows, row_warps, k_warps, cluster in itertools.product((1, 2), *sharing, (1, 2)):
+        warps = row_warps * k_warps
+        if not 4 <= warps <= most or k_warps * cluster > units or rows * row_warps > tiles:
+            continue
         for depth, stages in ahead:
-            plan = Plan(rows, each, row_warps, k_warps, cluster, depth, stages)
-            sensible = 4 <= row_warps * k_warps <= most and k_warps * cluster <= units and rows * row_warps <= tiles
-            if sensible and plan.shared <= 200 * 1024:
-                yield plan
+            for resident in (0,) if stages else (0, most // warps if each == 1 else 1):
+                plan = Plan(rows, each, row_warps, k_warps, cluster, depth, stages, resident)
+                if plan.shared <= 200 * 1024:
+                    yield plan
 
 
 def other_wide_plans(tokens: int, units: int) -> Iterator[wide_product.Plan]:

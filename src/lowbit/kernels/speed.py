@@ -122,12 +122,9 @@ def dense(x: Tensor, outputs: int) -> list[Call]:
 def copies(weight: Prepared) -> list[Prepared]:
     """So many equal weights that no cache holds them."""
 
-    def copy(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.clone()
-
     def again() -> Prepared:
-        low, scale = weight.low.clone(), weight.scale.clone()
-        return replace(weight, low=low, high=copy(weight.high), scale=scale)
+        high = None if weight.high is None else weight.high.clone()
+        return replace(weight, low=weight.low.clone(), high=high, scale=weight.scale.clone())
 
     return [again() for _ in range(turns(size(weight)))]
 
