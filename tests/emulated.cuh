@@ -72,6 +72,8 @@ template <int YOUNGER>
 inline void await_copies() { finish_copies(YOUNGER); }
 template <int THREADS>
 inline void meet(int barrier) { meet_block(barrier, THREADS); }
+template <int THREADS>
+inline bool meet_any(int barrier, bool mine) { return meet_block(barrier, THREADS, mine); }
 inline void __syncthreads() { meet_block(0, 0); }
 inline void meet_neighbours() {}
 

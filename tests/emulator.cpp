@@ -23,7 +23,7 @@
 #include <vector>
 
 typedef std::function<void()> Action;
-struct Meeting { int here = 0, generation = 0; };
+struct Meeting { int here = 0, generation = 0; bool said = false, any = false; };  // so far, and the last time
 struct Copy { uint4* to; uint4 what; };
 struct Warp { Meeting meeting; Exchange exchange; u32 sloth; };
 struct alignas(1024) Line { float4 vectors[64]; };
@@ -35,7 +35,7 @@ struct Block {
     std::vector<Line> memory, shown;  // the latter is what wgmma sees
     Meeting meetings[16], of_cluster;  // the latter where the first block of a cluster has it
     std::deque<Warp> warps;
-    std::map<const void*, Barrier> barriers;
+    std::map<const u64*, Barrier> barriers;
 };
 struct Fibre : Thread {
     ucontext_t start;
@@ -62,6 +62,7 @@ static jmp_buf turns;
 static long progress;
 static std::mt19937 chance;
 static constexpr int AT_ONCE = 8;  // clusters
+static constexpr u64 UNTOUCHED = 0xbadc0de5bad5eedull;  // what a barrier holds
 
 static Fibre& fibre_here() { return *static_cast<Fibre*>(current); }
 static Block& block_here() { return blocks[fibre_here().home]; }
@@ -87,17 +88,20 @@ static void give_turn(Fibre& fibre) {
 
 // --- threads and where they meet ------------------------------------------------------------------------------------
 
-static void meet_at(Meeting& meeting, int threads) {
+static bool meet_at(Meeting& meeting, int threads, bool mine = false) {
     const int generation = meeting.generation;
+    meeting.said |= mine;
     if (++meeting.here == threads) {
+        meeting.any = meeting.said, meeting.said = false;
         meeting.here = 0, meeting.generation++, progress++;
     } else {
         while (meeting.generation == generation) yield();
     }
+    return meeting.any;
 }
-void meet_block(int barrier, int threads) {
+bool meet_block(int barrier, int threads, bool mine) {
     fibre_here().untold.clear();
-    meet_at(block_here().meetings[barrier], threads ? threads : block_threads);
+    return meet_at(block_here().meetings[barrier], threads ? threads : block_threads, mine);
 }
 void meet_cluster() {
     fibre_here().untold.clear();
@@ -139,7 +143,7 @@ static void end_phase(Barrier& barrier) {
     for (const Action& one : barrier.copies) one();
     barrier = {barrier.arrivals, barrier.arrivals, 0, 0, barrier.phase + 1}, progress++;
 }
-void begin_barrier(u64* barrier, int arrivals) { block_here().barriers[barrier] = {arrivals, arrivals}; }
+void begin_barrier(u64* at, int arrivals) { block_here().barriers[at] = {arrivals, arrivals}, *at = UNTOUCHED; }
 void arrive_at(u64* at) { block_here().barriers.at(at).missing--, progress++; }
 void announce(u64* at, int bytes) { block_here().barriers.at(at).announced += bytes, arrive_at(at); }
 void await_phase(u64* at, int parity) {
@@ -222,6 +226,8 @@ static void (*body)(void**);
 static void** given;
 static void live() {
     body(given);
+    for (const auto& [at, barrier] : block_here().barriers)
+        if (*at != UNTOUCHED) die("a barrier is written over");
     fibre_here().done = true, progress++;
     yield();
 }

@@ -50,7 +50,7 @@ extern Place gridDim;
 #define threadIdx (current->thread)
 #define blockIdx (current->block)
 
-void meet_block(int barrier, int threads);  // every thread of the block for 0 of them
+bool meet_block(int barrier, int threads, bool mine = false);  // every thread of the block for 0 of them; any of theirs
 void meet_cluster();
 void __syncwarp();
 float4* block_memory();

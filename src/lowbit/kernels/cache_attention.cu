@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) cache_attenti
     const char* __restrict__ v_ring, const unsigned char* __restrict__ mask, u32* __restrict__ out, float4* all_sums,
     float4* all_sizes, u32* arrived, const long long* __restrict__ counted, int scale_bits, int heads, int rows,
     int ks_text, int ks_head, int ks_token, int vs_text, int vs_head, int vs_token, int of_mask) {
-    extern __shared__ float4 shared[];  // sums [WARPS][ENTRIES], sizes [WARPS][PAIRS], whether all others have come
+    extern __shared__ float4 shared[];  // sums [WARPS][ENTRIES], sizes [WARPS][PAIRS]
     constexpr int SUBS = TILE / 16;
     const int group = blockIdx.x, split = blockIdx.y, text = group / heads, head = group % heads;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -286,11 +286,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) cache_attenti
     all_sums += group * (int)gridDim.y * ENTRIES, all_sizes += group * (int)gridDim.y * PAIRS;
     add_warps(shared, sizes, all_sums + split * ENTRIES, all_sizes + split * PAIRS, out, group, active == 1);
     if (active == 1) return;
-    int& last = *reinterpret_cast<int*>(sizes + WARPS * PAIRS);
     __syncthreads();
-    if (threadIdx.x == 0) last = arrive(arrived + group) == active - 1;  // for all threads of its block: it met them
-    __syncthreads();
-    if (!last) return;
+    const bool last = threadIdx.x == 0 && arrive(arrived + group) == active - 1;  // for all threads: it met them
+    if (!meet_any<THREADS>(0, last)) return;
     add_blocks(all_sums, all_sizes, active, shared, sizes, out, group);
     if (threadIdx.x == 0) arrived[group] = 0;
 }

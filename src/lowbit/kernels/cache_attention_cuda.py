@@ -129,7 +129,7 @@ def _attend(
         ("MASK", int(mask is not None)), ("WINDOW", window), *_named("K", formats[0]), *_named("V", formats[1]),
         ("TILE", how.tile), ("WARPS", how.warps), ("RESIDENT", how.resident),
     )  # fmt: skip
-    room = _VECTOR * (how.warps * (entries + pairs) + 1)
+    room = _VECTOR * how.warps * (entries + pairs)
     kernel = compiled("cache_attention", constants, query.device.index, room)
     tiles = -(-rows // how.tile) + (window // 16 + 2 if window else 0)
     splits = _splits(shared, -(-tiles // how.warps), processors(query.device) * how.resident)

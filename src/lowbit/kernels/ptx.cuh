@@ -220,6 +220,15 @@ __device__ __forceinline__ void meet(int barrier) {  // of a block's threads, so
     asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(THREADS) : "memory");
 }
 
+template <int THREADS>
+__device__ __forceinline__ bool meet_any(int barrier, bool mine) {  // and whether one of them says so, to all of them
+    int any;
+    asm volatile("{.reg .pred mine, any; setp.ne.b32 mine, %1, 0;\n"
+                 "bar.red.or.pred any, %2, %3, mine;\nselp.b32 %0, 1, 0, any;}"
+                 : "=r"(any) : "r"((int)mine), "r"(barrier), "n"(THREADS) : "memory");
+    return any;
+}
+
 __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -250,7 +259,8 @@ struct alignas(64) TensorMap { char opaque[128]; };  // CUtensorMap
 
 __device__ __forceinline__ u32 shared_place(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
-// A barrier in shared memory: a phase ends when so many have arrived and all announced bytes are there.
+// A barrier in shared memory: a phase ends when so many have arrived and all announced bytes are there. Nothing else may
+// be written to its place while the block lives, not even when nobody waits for it any more.
 __device__ __forceinline__ void begin_barrier(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"(shared_place(barrier)), "r"(arrivals) : "memory");
 }

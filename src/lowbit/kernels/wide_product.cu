@@ -31,6 +31,7 @@ constexpr int LOW_VECTORS = VECTORS * 32, HIGH_VECTORS = BITS == 3 ? 16 : 0;  //
 constexpr int SCALE_VECTORS = E2M1 ? 1 : ZERO ? 4 : 2;  // of a group
 constexpr int UNIT_VECTORS = LOW_VECTORS + HIGH_VECTORS + GROUPS * SCALE_VECTORS;
 constexpr int SUM_ROW = WARPS * 16 + 4;  // floats of a token's sums: no bank meets twice
+static_assert(TOKENS * SUM_ROW <= 4 * (HALVES * HALF + WARPS * STAGES * UNIT_VECTORS), "sums do not reach the barriers");
 
 typedef float Sums[SETS][SUMS];
 
@@ -189,7 +190,7 @@ __device__ __forceinline__ void multiply_all(Sums& sums, const Inputs& inputs, c
 
 // Sums of all blocks that share columns, in those of the last one to come; whether this is it. Parts are
 // [SPLITS][SETS * 8][threads].
-__device__ __forceinline__ bool gather(Sums& sums, float4* parts, u32* arrived, int split, int* last) {
+__device__ __forceinline__ bool gather(Sums& sums, float4* parts, u32* arrived, int split) {
     constexpr int FOURS = SETS * 8, EACH = WARPS * 32;
     const int thread = threadIdx.x;
 #pragma unroll
@@ -198,9 +199,8 @@ __device__ __forceinline__ bool gather(Sums& sums, float4* parts, u32* arrived, 
         parts[(split * FOURS + i) * EACH + thread] = make_float4(four[0], four[1], four[2], four[3]);
     }
     meet<EACH>(1);
-    if (thread == 0) *last = arrive(arrived) == SPLITS - 1;  // for all threads: it met them
-    meet<EACH>(1);
-    if (!*last) return false;
+    const bool last = thread == 0 && arrive(arrived) == SPLITS - 1;  // for all threads: it met them
+    if (!meet_any<EACH>(1, last)) return false;
     if (thread == 0) *arrived = 0;
 #pragma unroll
     for (int i = 0; i < FOURS; i++) {
@@ -281,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SETS == 1 ? 2 : 1) wide_pr
     if (SPLITS > 1) {
         const int place = blockIdx.y * (gridDim.x / SPLITS) + block;
         float4* mine = parts + (long long)place * (SPLITS * SETS * 8 * WARPS * 32);
-        if (!gather(sums, mine, arrived + place, split, reinterpret_cast<int*>(barriers))) return;
+        if (!gather(sums, mine, arrived + place, split)) return;
     }
     meet<WARPS * 32>(1);
     leave(reinterpret_cast<float*>(shared), sums, warp, lane);

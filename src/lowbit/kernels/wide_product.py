@@ -91,10 +91,9 @@ def unit_bytes(weight: Prepared) -> int:
 
 
 def shared_bytes(how: Plan, unit: int) -> int:
-    """Shared memory of a block: inputs and their barriers, a ring of codes for every warp, or sums in their place."""
+    """Shared memory of a block: inputs and their barriers, and a ring of codes for every warp."""
     halves = _STAGES if how.tokens > 2 * _SET else 2 * _STAGES
-    stages = halves * (128 * how.tokens + 16) + WARPS * _STAGES * unit
-    return max(stages, how.tokens * (ROWS + 4) * 4)
+    return halves * (128 * how.tokens + 16) + WARPS * _STAGES * unit
 
 
 def product(x: Tensor, weight: Prepared, bias: Tensor | None, how: Plan) -> Tensor:
