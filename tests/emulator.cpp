@@ -103,10 +103,8 @@ bool meet_block(int barrier, int threads, bool mine) {
     fibre_here().untold.clear();
     return meet_at(block_here().meetings[barrier], threads ? threads : block_threads, mine);
 }
-void meet_cluster() {
-    fibre_here().untold.clear();
-    meet_at(blocks[fibre_here().leader].of_cluster, cluster_blocks * block_threads);
-}
+void leave_cluster() { meet_at(blocks[fibre_here().leader].of_cluster, cluster_blocks * block_threads); }
+void meet_cluster() { fibre_here().untold.clear(), leave_cluster(); }
 void __syncwarp() { fibre_here().untold.clear(), meet_lanes(); }
 void meet_lanes() { meet_at(warp_of(fibre_here()).meeting, 32); }
 Exchange& exchange() { return warp_of(fibre_here()).exchange; }

@@ -52,6 +52,7 @@ extern Place gridDim;
 
 bool meet_block(int barrier, int threads, bool mine = false);  // every thread of the block for 0 of them; any of theirs
 void meet_cluster();
+void leave_cluster();
 void __syncwarp();
 float4* block_memory();
 float4 peek(const float4* at, int rank);

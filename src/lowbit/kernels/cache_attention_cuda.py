@@ -81,12 +81,10 @@ def plan(width: int, group: int, bits: int, share: float) -> Plan:
 
     What an H200 liked best of codes (`benchmarks/cache_attention.py --search`): those of 8 bits keep the memory busy,
     so as many warps as there is room for; fewer bits keep the warps busy, which do better on longer tiles. Numbers of
-    16 bits are shared out as much work in codes of 8 is.
+    16 bits want so many registers that warps are few.
     """
-    if width > 128 or group > 8:
+    if width > 128 or group > 8 or bits == 16:
         return Plan(16, 8, 1)
-    if bits == 16:
-        return Plan(16, 16, 1)
     if share <= _FEW:
         return Plan(32, 8, 1)
     return Plan(16, 16, 1) if bits == 8 else Plan(32, 12, 1)

@@ -275,5 +275,5 @@ extern "C" __global__ void BOUNDS TOGETHER product(
             y[to * outputs + row] = (u16)packed(value + (BIAS ? exact(bias[row]) : 0.0f), 0.0f);
         }
     }
-    if (CLUSTER > 1) meet_cluster();  // nobody leaves while its sums are being read
+    if (CLUSTER > 1) leave_cluster();  // nobody does while its sums are being read
 }

@@ -233,6 +233,11 @@ __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same without telling the others anything: what was written to memory is not waited for.
+__device__ __forceinline__ void leave_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ float4 peek(const float4* at, int rank) {  // the same place in another block of the cluster
     float4 v;
     asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5;\n"

@@ -27,12 +27,14 @@ _SET = 64
 """Tokens of one tensor core operation."""
 _STAGES = 4
 """Units of codes in shared memory, and of inputs; half as many of inputs for more than two sets of tokens."""
-_MICROSECONDS = (0.52, 0.73, 1.0, 1.3)
-"""Of a unit of columns, by sets of tokens of a block, on an H100; more sums do not fit in registers."""
+_MICROSECONDS = (0.53, 0.74, 1.0, 1.25)
+"""Of a unit of columns, by sets of tokens of a block, on an H200; more sums do not fit in registers."""
 _START = 2
-"""Microseconds of a block beside them, and of waiting for others that share columns."""
-_ADDING = 4e-4
+"""Microseconds of a block beside them."""
+_ADDING = 3.2e-4
 """Microseconds in which the sums of a block of one token go to memory and back, where many do."""
+_NOT_SHARED = 3
+"""Sets of tokens of blocks whose units take a third longer where columns are shared, for a reason not found."""
 _SPLITS, _LEAST = (1, 2, 3, 4, 6, 8), 4
 """How many blocks may share columns, each a kernel of its own, and least units of each."""
 _COUNTERS = 1 << 16
@@ -76,12 +78,13 @@ def plan_for(tokens: int, tiles: int, units: int, processors: int) -> Plan:
     def cost(how: Plan) -> float:
         blocks = rows * math.ceil(tokens / how.tokens) * how.splits
         block = math.ceil(units / how.splits) * _MICROSECONDS[how.tokens // _SET - 1] + _START
-        adding = _START + blocks * how.tokens * _ADDING if how.splits > 1 else 0
+        adding = blocks * how.tokens * _ADDING if how.splits > 1 else 0
         return math.ceil(blocks / processors) * block + adding
 
     sizes = range(1, min(len(_MICROSECONDS), math.ceil(tokens / _SET)) + 1)
     splits = [each for each in _SPLITS if each == 1 or each * _LEAST <= units]
-    return min((Plan(sets * _SET, each) for sets in sizes for each in splits), key=cost)
+    plans = (Plan(sets * _SET, each) for sets in sizes for each in splits if each == 1 or sets != _NOT_SHARED)
+    return min(plans, key=cost)
 
 
 def unit_bytes(weight: Prepared) -> int:
