@@ -3,8 +3,8 @@
 // Every thread is a fibre. They take turns in any order, some warps far more often than others, and some sleep while
 // others get on; clusters come in any order too, eight at a time. A copy in the background happens when it is asked
 // for, or as late as it may, and only who waited for it, and whom that thread has met since, may look at it. Shared
-// memory starts as NaN, and nothing may be written behind it. What is chosen at random is the same in every run of a
-// test.
+// memory starts as NaN, and nothing may be written behind it or over a barrier of the copy engine. What is chosen at
+// random is the same in every run of a test.
 
 #include "emulator.h"
 
