@@ -99,9 +99,12 @@ static bool meet_at(Meeting& meeting, int threads, bool mine = false) {
     }
     return meeting.any;
 }
+static u32 any_sloth() { return chance() % (1 + chance() % 5); }
 bool meet_block(int barrier, int threads, bool mine) {
     fibre_here().untold.clear();
-    return meet_at(block_here().meetings[barrier], threads ? threads : block_threads, mine);
+    const bool any = meet_at(block_here().meetings[barrier], threads ? threads : block_threads, mine);
+    if (threadIdx.x % 32 == 0) warp_of(fibre_here()).sloth = any_sloth();  // who came first may go last
+    return any;
 }
 void leave_cluster() { meet_at(blocks[fibre_here().leader].of_cluster, cluster_blocks * block_threads); }
 void meet_cluster() { fibre_here().untold.clear(), leave_cluster(); }
@@ -235,8 +238,7 @@ static void add_block(Place place, int leader, size_t bytes) {
     block.memory.resize(bytes / sizeof(Line) + 1);
     std::fill_n(memory_of(block), bytes / sizeof(float4), float4{NAN, NAN, NAN, NAN});
     block.shown.resize(block.memory.size());
-    const u32 laziest = 1 + chance() % 5;
-    for (int warp = 0; warp < block_threads / 32; warp++) block.warps.emplace_back().sloth = chance() % laziest;
+    for (int warp = 0; warp < block_threads / 32; warp++) block.warps.emplace_back().sloth = any_sloth();
     for (u32 thread = 0; thread < (u32)block_threads; thread++) {
         Fibre& fibre = *fibres.emplace_back(std::make_unique<Fibre>());
         const size_t size = 1 << 16;
