@@ -25,9 +25,10 @@ from typing import Any
 
 from methods import files_of, finished, row_of
 
-from lowbit.prepare import Request, prepare
+from lowbit.prepare import prepare
 from lowbit.recipes import widths
 from lowbit.recipes.grammar import with_width
+from lowbit.request import Request
 from lowbit.stream.plan import Plan, site_bytes
 
 ROW = """

@@ -27,9 +27,10 @@ from lowbit.methods.views import Stats
 from lowbit.numerics.grid import fit_range
 from lowbit.numerics.spec import Int, Spec, per_group
 from lowbit.numerics.stats import Gram
-from lowbit.prepare import Request, anatomy_of, prepare
+from lowbit.prepare import anatomy_of, prepare
 from lowbit.recipes import parse, resolve
 from lowbit.recipes.grammar import with_width
+from lowbit.request import Request
 from lowbit.stream import run
 from lowbit.stream.allocate import solve
 from lowbit.stream.checkpoint import Checkpoint

@@ -37,6 +37,7 @@ TABLE: dict[str, set[str]] = {
     "evaluation": {"numerics", "kernels", "modules", "graph", "formats", "runtime", "data"},
     "api": {EVERYTHING},
     "prepare": {EVERYTHING},
+    "request": {"methods.recipe"},
     "budget": {EVERYTHING},
     "importing": {EVERYTHING},
     "launch": {EVERYTHING},

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 import lowbit
+from lowbit.api import run
 from lowbit.launch import _run, launch, together
 from lowbit.methods.views import Need, Stats
-from lowbit.prepare import Request, prepare
+from lowbit.prepare import prepare
+from lowbit.request import Request
 from lowbit.stream import rounding, sweep, text
 from lowbit.stream.lanes import Lanes, _packed, _unpacked, connect, launched
 
@@ -93,7 +95,7 @@ def resume(root: str, under: Path, tell: Any) -> None:
     lanes.agreed(None)
     family, recipe, options = RECIPES["gptaq"]
     asking = {"model": f"{root}/{family}", "recipe": recipe, "output": str(cut), **asked(root), **options, "lanes": 2}
-    assert len(_run(asking, tell).blocks) == 2
+    assert len(_run(run, asking, tell).blocks) == 2
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -151,9 +153,11 @@ def test_a_request_is_carried_to_every_process(monkeypatch: pytest.MonkeyPatch) 
     heard: list[Any] = []
     windows = [torch.arange(9)]
     request = Request("demo", "rtn-w4a16", "out", calibration=windows, gpus=2, notice=heard.append)
-    job, count, hear = launch(request, 2)  # type: ignore[misc]
-    (chosen,) = pickle.loads(pickle.dumps(job)).args
-    assert count == 2 and chosen["gpus"] is None and chosen["lanes"] == 2 and chosen["model"] == "demo"
+    job, count, hear = launch(run, request, 2)  # type: ignore[misc]
+    carried, chosen = pickle.loads(pickle.dumps(job)).args
+    assert (
+        carried is run and count == 2 and chosen["gpus"] is None and chosen["lanes"] == 2 and chosen["model"] == "demo"
+    )
     assert torch.equal(chosen["calibration"][0], windows[0]) and not {"notice", "on_block"} & chosen.keys()
     hear("notice", "a sentence")
     assert heard == ["a sentence"]

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .prepare import Notice, Request, context_of, device_of, shared
+from .prepare import context_of, device_of, shared
 from .prepare import prepare as prepare
+from .request import Notice, Request
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,7 @@ def run(request: Request) -> Quantized:
         raise ValueError("where to? name a directory with --output")
     lanes, world = shared(request)
     if world > launched():
-        return launch(request, world)
+        return launch(run, request, world)
     directory, prepared = carry_out(request, connect(lanes, device_of(request.device)))
     return _result(directory, prepared.plan.paper_bits, prepared.allocation)
 

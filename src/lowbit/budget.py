@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .graph.anatomy import Anatomy, Site
     from .methods.recipe import Recipe
     from .numerics.spec import Spec
-    from .prepare import Request
     from .recipes.document import LoadedRecipe
+    from .request import Request
     from .stream.allocate import Allocation, Group
     from .stream.checkpoint import Checkpoint
     from .stream.plan import Refuse
@@ -281,8 +281,8 @@ def _losses(
     device: torch.device,
 ) -> dict[str, tuple[float, ...]]:
     """What every format costs every linear, in the order of its group's formats."""
-    from .prepare import free_memory
     from .stream.divergence import Divergence
+    from .stream.memory import free_memory
     from .stream.sensitivity import Sensitivity
 
     choices = {name: [weights for weights, _ in group.formats.values()] for group in found for name in group.names}

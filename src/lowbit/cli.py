@@ -65,7 +65,7 @@ def _notice(text: str) -> None:
 
 
 def _request(arguments: argparse.Namespace, **more: Any) -> Any:
-    from .prepare import Request
+    from .request import Request
 
     names = (
         "settings",

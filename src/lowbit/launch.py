@@ -21,12 +21,12 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .prepare import Prepared, Request, hidden_budget, prepare
+from .prepare import Prepared, hidden_budget, prepare
+from .request import Request
 
 if TYPE_CHECKING:
-    from .api import Quantized
     from .stream.lanes import Lanes
     from .stream.run import RunDirectory
 
@@ -34,6 +34,7 @@ MOURNING = 3.0
 """Seconds in which processes may notice by themselves that another one has died, and say what they know."""
 Tell = Callable[..., None]
 """Receives the name of something that happened, and what there is to say of it."""
+Result = TypeVar("Result")
 TOLD = ("notice", "on_block")
 """Fields of a request that stay in this process: the others call them through the pipe."""
 
@@ -95,18 +96,17 @@ def _write_companions(prepared: Prepared, directory: RunDirectory) -> None:
 # --- one process for every GPU ----------------------------------------------------------------------------------------
 
 
-def launch(request: Request, count: int) -> Quantized:
-    """Carry a request out by `count` processes. Raises as `together` does."""
+def launch(run: Callable[[Request], Result], request: Request, count: int) -> Result:
+    """What `run`, a function of a module, returns of a request in `count` processes. Raises as `together` does."""
     chosen = {each.name: getattr(request, each.name) for each in fields(request) if each.name not in TOLD}
     chosen |= {"gpus": None, "lanes": count if request.lanes is None else request.lanes}
-    result: Quantized = together(partial(_run, chosen), count, lambda name, *content: getattr(request, name)(*content))
+    job = partial(_run, run, chosen)
+    result: Result = together(job, count, lambda name, *content: getattr(request, name)(*content))
     return result
 
 
-def _run(chosen: Mapping[str, Any], tell: Tell) -> Quantized:
+def _run(run: Callable[[Request], Result], chosen: Mapping[str, Any], tell: Tell) -> Result:
     """The request in one of the processes."""
-    from .api import run
-
     told: dict[str, Any] = {name: partial(tell, name) for name in TOLD}
     return run(Request(**chosen, **told))
 

@@ -6,11 +6,12 @@ imported inside, so that `lowbit --help` answers at once.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from .request import Request
 
 if TYPE_CHECKING:
     import torch
@@ -23,50 +24,7 @@ if TYPE_CHECKING:
     from .stream.checkpoint import Checkpoint
     from .stream.plan import Plan, Refuse
 
-Notice = Callable[[str], None]
-"""Receives one sentence that the user should see."""
-OnBlock = Callable[[int, int, "Mapping[str, Any] | None"], None]
-"""(block, number of blocks, its report when done; None when it starts)."""
-
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that `quantize` can be asked for; names and defaults are those of the command line."""
-
-    model: str
-    recipe: str | Recipe
-    output: str | None = None
-    settings: Sequence[str] = ()
-    overrides: Sequence[str] = ()
-    ignore: Sequence[str] = ()
-    calibration: str | Sequence[torch.Tensor] | None = None
-    """A named set, a text file, or windows of token ids [T] as they are, for who draws them elsewhere."""
-    samples: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    target: str | None = None
-    bits: float | None = None
-    """Bits per weight to spend where they matter, for a recipe whose name leaves the width open."""
-    size: int | None = None
-    """The same as bytes of the model's files."""
-    sensitivity: Literal["fisher", "kl"] = "fisher"
-    """What tells where bits matter: the loss's curvature, or trying each linear with the whole model in memory."""
-    device: str = "auto"
-    dtype: str = "auto"
-    memory: int | None = None
-    gpu_memory: int | None = None
-    gpus: int | None = None
-    """Processes with a GPU each that share the text and the work."""
-    lanes: int | None = None
-    """Parts of the text whose statistics are summed by themselves, by default one a GPU: results depend on this alone,
-    not on the number of GPUs."""
-    restart: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
-    notice: Notice = field(default=lambda _text: None)
-    on_block: OnBlock = field(default=lambda *_: None)
 
 
 @dataclass
@@ -298,6 +256,7 @@ def _calibration(request: Request, loaded: Any, checkpoint: Checkpoint) -> tuple
 def _whole_model(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     """The model that generated calibration samples from: the one thing that takes all of it in memory at once."""
     from .runtime.load import load
+    from .stream.memory import free_memory
 
     size, place = checkpoint.nbytes(checkpoint.names()), device_of(request.device)
     free = free_memory() if request.memory is None else request.memory
@@ -324,13 +283,10 @@ def _given_windows(
     return rows, {"source": "tokens", "samples": len(rows), "length": max(map(len, rows)), "seed": seed}
 
 
-def free_memory() -> int:
-    """Bytes of memory that nobody uses now."""
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-
-
 def hidden_budget(memory: int | None, plan: Plan, world: int = 1) -> int:
     """Bytes of hidden states that may stay in memory of each of `world` processes, which share what there is."""
+    from .stream.memory import free_memory
+
     if memory is None:
         return free_memory() // 2 // world
     return max(0, memory // world - (plan.peak_bytes - plan.hidden_bytes))

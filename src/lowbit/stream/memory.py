@@ -52,6 +52,11 @@ def gpu_room(device: torch.device, limit: int | None) -> int:
     return free if limit is None else min(free, limit - torch.cuda.memory_allocated(device))
 
 
+def free_memory() -> int:
+    """Bytes of the host's memory that nobody uses now."""
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+
+
 def peak_memory() -> int:
     """Peak resident memory of this process so far, bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
