@@ -264,7 +264,8 @@ def test_a_mixture_is_what_it_is_one_by_one(root: Path, tmp_path: Path, name: st
         single = quantize(root, name, tmp_path / "single")
     ours, theirs = stored(tmp_path / "stacked"), stored(tmp_path / "single")
     assert ours.keys() == theirs.keys()
-    same = [float((ours[key] == theirs[key]).float().mean()) for key in ours if ".experts." in key]
+    rounded = [key for key in ours if ".experts." in key and "low_rank" not in key]  # one code changes whole factors
+    same = [float((ours[key] == theirs[key]).float().mean()) for key in rounded]
     assert sum(same) / len(same) > 0.97
     for mine, other in zip(done.blocks, single.blocks, strict=True):
         assert mine["error_after"] == pytest.approx(other["error_after"], rel=0.05)
