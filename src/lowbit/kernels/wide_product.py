@@ -33,8 +33,6 @@ _START = 2
 """Microseconds of a block beside them."""
 _ADDING = 3.2e-4
 """Microseconds in which the sums of a block of one token go to memory and back, where many do."""
-_NOT_SHARED = 3
-"""Sets of tokens of blocks whose units take a third longer where columns are shared, for a reason not found."""
 _SPLITS, _LEAST = (1, 2, 3, 4, 6, 8), 4
 """How many blocks may share columns, each a kernel of its own, and least units of each."""
 _COUNTERS = 1 << 16
@@ -83,8 +81,7 @@ def plan_for(tokens: int, tiles: int, units: int, processors: int) -> Plan:
 
     sizes = range(1, min(len(_MICROSECONDS), math.ceil(tokens / _SET)) + 1)
     splits = [each for each in _SPLITS if each == 1 or each * _LEAST <= units]
-    plans = (Plan(sets * _SET, each) for sets in sizes for each in splits if each == 1 or sets != _NOT_SHARED)
-    return min(plans, key=cost)
+    return min((Plan(sets * _SET, each) for sets in sizes for each in splits), key=cost)
 
 
 def unit_bytes(weight: Prepared) -> int:
