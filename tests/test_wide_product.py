@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,22 @@ def test_the_gpu_agrees_with_fp64(spec: Spec, dtype: torch.dtype) -> None:
 def test_the_gpu_shares_out_the_work_in_every_way(plan: Plan) -> None:
     for rows, columns, tokens in ((136, 1024, 70), (1032, 4096, 513)):
         check(quantized(rows, columns, per_group(Int(4), 128), DEVICE), tokens, torch.bfloat16, plan)
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_products_in_a_queue_all_end_and_end_alike() -> None:
+    """One behind the other without a pause, where each begins while the one before it ends."""
+    weight = prepare(quantized(1032, 4096, per_group(Int(4), 128), DEVICE))
+    x = torch.randn(513, 4096, device=DEVICE).bfloat16()
+    expected = wide_product.product(x, weight, None, Plan(64, 8))
+    torch.cuda._sleep(10**7)
+    found = [wide_product.product(x, weight, None, Plan(64, 8)) for _ in range(100)]
+    done, begun = torch.cuda.Event(), time.monotonic()
+    done.record()
+    while not done.query():
+        assert time.monotonic() < begun + 30, "a block waits for ever"
+    assert all(torch.equal(each, expected) for each in found)
 
 
 @pytest.mark.gpu
