@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -100,7 +101,7 @@ def test_interrupted_behind_every_block(
         monkeypatch.setattr(run.RunDirectory, "write_block", interrupted)
         with pytest.raises(KeyboardInterrupt):
             quantize(model, text, tmp_path / "out", memory=memory)
-        assert started == [block]
+        assert started == [block] and gc.get_freeze_count() == 0
     monkeypatch.setattr(run.RunDirectory, "write_block", write)
     quantize(model, text, tmp_path / "out", memory=memory)
     assert checksums(tmp_path / "out") == checksums(whole)

@@ -229,6 +229,10 @@ def test_a_client_that_rounds_inputs_may_be_as_far_away_as_rounding_carries(
             "raise SystemExit('Value error, none [type=value_error]\\n  For further information visit value_error')",
             f"cannot run the export: none (in {sys.executable}, see LOWBIT_PRETENDER_PYTHON)",
         ),
+        (
+            "raise SystemExit('[rank0]: [rank0]: ValueError: no kernel. Reasons: \\n[rank0]: it needs AMX.\\nbye')",
+            f"cannot run the export: ValueError: no kernel. Reasons: it needs AMX. (in {sys.executable}, see",
+        ),
     ],
 )
 def test_a_client_that_produces_nothing(run: Run, pretender: Pretender, program: str, message: str) -> None:

@@ -15,6 +15,7 @@ Shape letters: N windows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,6 +202,8 @@ def _unreadable(client: Client, release: str, problems: Sequence[str]) -> str:
     return f"failed: {len(problems)} tensors did not load as written, the first: {problems[0]} ({client.name})"
 
 
+RANK = re.compile(r"(\[rank\d+\]:\s*)+")
+"""What torch's processes put in front of every line, each of those that hand it on."""
 ADVICE = "For further information visit"
 """How pydantic goes on behind an error, with an address that ends in the word."""
 
@@ -209,10 +212,12 @@ def _crash(client: Client, ended: subprocess.CompletedProcess[str]) -> str:
     """Why the client produced nothing, in one sentence."""
     if ended.returncode < 0:
         return f"not verified: the client was killed by signal {-ended.returncode}, perhaps for lack of memory"
-    lines = [line.strip() for line in ended.stderr.splitlines()]
+    lines = [RANK.sub("", line).strip() for line in ended.stderr.splitlines()]
     said = [line for line in lines if line and ADVICE not in line] or ["it said nothing"]
-    errors = [line for line in said if "rror" in line]  # behind the last one may stand advice or a progress bar
-    reason = (errors or said)[-1].split(" [type=")[0].removeprefix("Value error, ")
+    errors = [place for place, line in enumerate(said) if "rror" in line]  # behind may stand advice or a progress bar
+    last = (errors or [len(said) - 1])[-1]
+    announced = said[last].endswith(":")
+    reason = " ".join(said[last : last + 1 + announced]).split(" [type=")[0].removeprefix("Value error, ")
     return f"not verified: {client.name} cannot run the export: {reason} (in {client.python}, see {client.variable})"
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """What exists now is left out by the collector of garbage until the end."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def release_memory() -> None:

@@ -30,7 +30,7 @@ from .checkpoint import Checkpoint, Prefetch, check_finite, free
 from .hidden import HiddenStates, micro_batches
 from .lanes import ALONE, Lanes
 from .learning import WholeModel
-from .memory import at_home, gpu_room, release_memory
+from .memory import at_home, gpu_room, release_memory, settled
 from .plan import Plan
 from .prologue import run_prologue
 from .rotation import Turning, unties
@@ -88,9 +88,9 @@ class Sweep:
     _turning: Turning | None = field(default=None, init=False)
 
     @torch.no_grad()
+    @settled()  # collecting between blocks need not look at what was there before
     def execute(self) -> None:
         """Do what is not yet done. Afterwards the run directory is complete."""
-        gc.freeze()  # what exists now outlives the run: collecting between blocks need not look at it
         anatomy, count = self.plan.anatomy, len(self.plan.anatomy.blocks)
         finished, begun = self.lanes.agreed((self.run.finished(), self.run.shard(0).exists()))
         if finished < count or not begun:
