@@ -272,8 +272,8 @@ def test_the_yardstick_is_of_the_model_before_its_rotation(outliers: tuple[Path,
         plain = quantize(outliers, f"rtn-{recipe}", tmp_path / recipe)
         assert [b["error_before"] for b in rotated.blocks] == [b["error_before"] for b in plain.blocks]
         assert rotated.blocks[0]["error_of"] == "weight"
-    rotated = quantize(outliers, "quarot+gptq-w4a4", tmp_path / "c")
-    plain = quantize(outliers, "gptq-w4a4", tmp_path / "d")
+    rotated = quantize(outliers, "quarot+gptq-w4a8", tmp_path / "c")
+    plain = quantize(outliers, "gptq-w4a8", tmp_path / "d")
     expected = pytest.approx(
         plain.blocks[0]["error_before"], rel=1e-3
     )  # turning back moves a few inputs to another code
