@@ -266,23 +266,26 @@ def test_every_composition_is_better_than_plain_rounding(
 
 
 def test_the_yardstick_is_of_the_model_before_its_rotation(outliers: tuple[Path, Path], tmp_path: Path) -> None:
-    """Without text, of its weights; with static inputs, over the text it is judged on."""
+    """Without text, of its weights; with static inputs, over the text it is judged on.
+
+    Turning back moves a few inputs to another code, which may be a fifth of a percent; after a rotation outliers are
+    gone, and the error is half as large or less.
+    """
     for recipe in ("w4a4", "w4a16-g32"):
         rotated = quantize(outliers, f"quarot-{recipe}", tmp_path / f"quarot-{recipe}")
         plain = quantize(outliers, f"rtn-{recipe}", tmp_path / recipe)
         assert [b["error_before"] for b in rotated.blocks] == [b["error_before"] for b in plain.blocks]
         assert rotated.blocks[0]["error_of"] == "weight"
-    rotated = quantize(outliers, "quarot+gptq-w4a8", tmp_path / "c")
-    plain = quantize(outliers, "gptq-w4a8", tmp_path / "d")
-    expected = pytest.approx(
-        plain.blocks[0]["error_before"], rel=1e-3
-    )  # turning back moves a few inputs to another code
-    assert rotated.blocks[0]["error_before"] == expected
+    for recipe, flips in (("gptq-w4a16", 1e-4), ("gptq-w4a8", 5e-3)):
+        rotated = quantize(outliers, f"quarot+{recipe}", tmp_path / f"quarot+{recipe}")
+        plain = quantize(outliers, recipe, tmp_path / recipe)
+        assert rotated.blocks[0]["error_before"] == pytest.approx(plain.blocks[0]["error_before"], rel=flips)
+        assert rotated.blocks[0]["error_after"] < plain.blocks[0]["error_before"] / 2
     model, text = outliers
     options = {"calibration": str(text), "samples": 2, "length": 32}  # one micro-batch: both see the same ranges
     rotated = lowbit.quantize(model, "quarot+gptq-w8a8-static", tmp_path / "a", **options)
     plain = lowbit.quantize(model, "gptq-w8a8-static", tmp_path / "b", **options)
-    assert rotated.blocks[0]["error_before"] == pytest.approx(plain.blocks[0]["error_before"], rel=1e-3)
+    assert rotated.blocks[0]["error_before"] == pytest.approx(plain.blocks[0]["error_before"], rel=5e-3)
 
 
 def test_inputs_of_a_heavy_tailed_layer_become_gaussian(outliers: tuple[Path, Path], tmp_path: Path) -> None:
