@@ -11,7 +11,6 @@ Shape letters: N windows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -26,7 +25,7 @@ from ..formats.gguf_blocks import BLOCK
 from ..modules.attention import LayerKV, attach, attached, detach
 from ..modules.linear import QLinear
 from ..numerics.grid import float_spacing
-from ..numerics.spec import E4M3, SUPER, Float, Int, Spec
+from ..numerics.spec import E4M3, SUPER, Float, Spec
 
 NUDGE = 1e-6
 """How far `nudged` moves inputs, as a part of them: what summing in another order does to fp32 numbers."""
@@ -76,12 +75,13 @@ def imitated(client: str, model: nn.Module, export: Path, found: Mapping[str, An
 
 
 @contextmanager
-def as_transformers(model: nn.Module, export: Path, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Let the model compute as transformers loads the directory `export`; gives what a user should know of it.
+def as_transformers(model: nn.Module, _: Path, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Let the model compute as transformers loads the export; gives what a user should know of it.
 
-    `found` is what the client said: where it has no use for the scales of keys and values, these stay 16 bits.
+    `found` is what the client said: where it has no use for the scales of keys and values, these stay 16 bits, and the
+    experts that it has fused are in the dtype in which it dequantized them, which differs between releases.
     """
-    remarks, narrowed = [], _narrowed(model, export)
+    remarks, narrowed = [], _narrowed(model, getattr(torch, found.get("experts") or "float32"))
     caches = attached(model) if found.get("uncached") else {}
     if caches:
         remarks.append(UNCACHED)
@@ -103,17 +103,15 @@ def as_transformers(model: nn.Module, export: Path, found: Mapping[str, Any]) ->
             attach(model.get_submodule(path), cache.kv, cache.key_map, cache.clips, cache.affine)
 
 
-def _narrowed(model: nn.Module, export: Path) -> dict[str, torch.dtype]:
-    """The dtype in which transformers dequantizes some linears: a mixture's experts, which it has fused, in that of the
-    stored scales; floats below 8 bits anywhere in bfloat16."""
+def _narrowed(model: nn.Module, experts: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype in which transformers dequantizes some linears: a mixture's experts, and floats below 8 bits anywhere,
+    which become bfloat16."""
     found = {}
     for name, module in linears(model).items():
         if _is_small(module):
             found[name] = torch.bfloat16
         elif in_experts(name) and module.layer.weight.parts:
-            spec = module.layer.weight.parts[0].grid.spec
-            stored = isinstance(spec.number, Int) and spec.scale == "half"
-            found[name] = _dtype_of(export) if stored else torch.float32
+            found[name] = experts
     return found
 
 
@@ -232,9 +230,3 @@ def _is_small(module: QLinear) -> bool:
     """Whether a weight is made of floats of fewer than 8 bits."""
     specs: list[Spec] = [part.grid.spec for part in module.layer.weight.parts]
     return bool(specs) and isinstance(specs[0].number, Float) and specs[0].bits < 8
-
-
-def _dtype_of(export: Path) -> torch.dtype:
-    """The dtype that the export's configuration gives the model."""
-    config = json.loads((export / "config.json").read_text("utf8"))
-    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")  # type: ignore[no-any-return]

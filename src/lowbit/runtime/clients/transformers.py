@@ -6,8 +6,8 @@ with lowbit's own quantization of what it was given, and unquantized.npy holds t
 what was given. That reference is not written a second time here: lowbit is imported from the place that job.json names,
 which needs nothing but torch.
 
-What transformers is helped with, or does in its own way, found.json says in "remarks", and in "uncached" the scales of
-keys and values that it has no use for.
+What transformers is helped with, or does in its own way, found.json says in "remarks", in "uncached" the scales of
+keys and values that it has no use for, and in "experts" the dtype in which it has dequantized and fused a mixture's.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def run(job: Path) -> None:
     }
     if not found["problems"]:
         found["remarks"] += _decompress(model, stated)
+        fused = [tensor.dtype for name, tensor in model.named_parameters() if ".experts." in name]
+        found["experts"] = str(fused[0]).removeprefix("torch.") if fused else None
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype in (torch.bfloat16, torch.float16):  # experts and scales stay in the dtype of the file
                 tensor.data = tensor.data.float()
