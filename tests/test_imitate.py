@@ -63,7 +63,7 @@ def test_a_cache_that_transformers_ignores_is_left_out_and_told_of(tmp_path: Pat
 def test_narrowed_floats_are_told_of_and_put_back(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", llama(), {LINEARS: nvfp4()})
     before = logits_of(run.reference, windows())
-    with imitate.as_transformers(run.reference, run.path, {}) as remarks:
+    with imitate.as_transformers(run.reference, {}) as remarks:
         assert remarks == (imitate.NARROW,)
         for module in imitate.linears(run.reference).values():
             assert torch.equal(module.weight, module.weight.bfloat16().float())
@@ -100,7 +100,7 @@ def test_llama_cpp_rounds_what_enters_quantized_linears(tmp_path: Path) -> None:
     name, module = next(iter(imitate.linears(run.reference).items()))
     x = torch.randn(2, module.weight.shape[1])
     plain = module(x)
-    with imitate.imitated("llamacpp", run.reference, run.path, {}) as remarks:
+    with imitate.imitated("llamacpp", run.reference, {}) as remarks:
         assert remarks == (imitate.ROUNDED,)
         assert torch.allclose(module(x), imitate.block_rounded(x) @ module.weight.T), name
         assert not torch.equal(module(x), plain)
@@ -117,12 +117,12 @@ def test_a_cache_is_cut_off_where_vllm_runs_on_a_cpu(tmp_path: Path) -> None:
         tmp_path / "run", llama(initializer_range=0.3), {LINEARS: (W4, None)}, attention=QAttention(kv, affine=sides)
     )
     before = logits_of(made.reference, windows())
-    with imitate.imitated("vllm", made.reference, made.path, {"device": "cuda"}) as remarks:
+    with imitate.imitated("vllm", made.reference, {"device": "cuda"}) as remarks:
         assert remarks == ()
     (cache, *_) = attached(made.reference).values()
     x = 0.1 * torch.randn(1, 2, 5, 16)
     rounded = cache.stored(x, 1)
-    with imitate.imitated("vllm", made.reference, made.path, {"device": "cpu"}) as remarks:
+    with imitate.imitated("vllm", made.reference, {"device": "cpu"}) as remarks:
         assert remarks == (imitate.CUT,)
         cut = cache.stored(x, 1)
         assert not torch.equal(logits_of(made.reference, windows()), before)

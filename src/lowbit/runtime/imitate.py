@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,28 +57,28 @@ def logits_of(model: nn.Module, windows: Tensor) -> Tensor:
     return torch.cat([model(input_ids=window[None], use_cache=False).logits.float().cpu() for window in windows])
 
 
-def imitated(client: str, model: nn.Module, export: Path, found: Mapping[str, Any]) -> Imitation:
-    """Let the model compute as `client` computes the directory `export`, as far as that is known.
+def imitated(client: str, model: nn.Module, found: Mapping[str, Any]) -> Imitation:
+    """Let the model compute as `client` computes its export, as far as that is known.
 
     Gives what a user should know of it: nothing where the model computes as ever. `found` is what the client said.
     """
-    known: dict[str, Callable[[nn.Module, Path, Mapping[str, Any]], Imitation]] = {
+    known: dict[str, Callable[[nn.Module, Mapping[str, Any]], Imitation]] = {
         "transformers": as_transformers,
         "llamacpp": as_llamacpp,
         "vllm": as_vllm,
     }
-    return known[client](model, export, found) if client in known else nullcontext(())
+    return known[client](model, found) if client in known else nullcontext(())
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def as_transformers(model: nn.Module, _: Path, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def as_transformers(model: nn.Module, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Let the model compute as transformers loads the export; gives what a user should know of it.
 
     `found` is what the client said: where it has no use for the scales of keys and values, these stay 16 bits, and the
-    experts that it has fused are in the dtype in which it dequantized them, which differs between releases.
+    weights of experts are in the dtype in which it dequantized them, which differs between releases.
     """
     remarks, narrowed = [], _narrowed(model, getattr(torch, found.get("experts") or "float32"))
     caches = attached(model) if found.get("uncached") else {}
@@ -146,7 +145,7 @@ def without_inputs(modules: Mapping[str, QLinear]) -> Iterator[None]:
 
 
 @contextmanager
-def as_llamacpp(model: nn.Module, _: Path, __: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def as_llamacpp(model: nn.Module, _: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Let quantized linears round their inputs to 8 bits, as ggml's matrix products do. What makes this more than a
     detail is a mixture's router: rounding tips its choice over for some tokens, which moves logits by whole units.
     """
@@ -179,7 +178,7 @@ def super_rounded(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def as_vllm(model: nn.Module, _: Path, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+def as_vllm(model: nn.Module, found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Let E4M3 caches hold what the kernel of vLLM 0.32 for CPUs stores, which casts without rounding."""
     caches = [cache for cache in attached(model).values() if cache.kv.rule == "e4m3" and found.get("device") == "cpu"]
     for cache in caches:

@@ -123,7 +123,7 @@ def verify(
     if answer.found.get("problems"):
         return Verification(name, release, False, _unreadable(client, release, answer.found["problems"]))
     own = logits_of(reference, windows)
-    with imitated(client.name, reference, export, answer.found) as left_out:
+    with imitated(client.name, reference, answer.found) as left_out:
         expected = logits_of(reference, windows) if left_out else own
         judged = _judge(client, answer, expected, reference, windows)
     remarks = (*left_out, *answer.found.get("remarks", ()))

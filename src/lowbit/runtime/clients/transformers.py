@@ -7,7 +7,7 @@ what was given. That reference is not written a second time here: lowbit is impo
 which needs nothing but torch.
 
 What transformers is helped with, or does in its own way, found.json says in "remarks", in "uncached" the scales of
-keys and values that it has no use for, and in "experts" the dtype in which it has dequantized and fused a mixture's.
+keys and values that it has no use for, and in "experts" the dtype in which it has dequantized a mixture's.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def run(job: Path) -> None:
     }
     if not found["problems"]:
         found["remarks"] += _decompress(model, stated)
-        fused = [tensor.dtype for name, tensor in model.named_parameters() if ".experts." in name]
-        found["experts"] = str(fused[0]).removeprefix("torch.") if fused else None
+        found["experts"] = experts(model)
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.dtype in (torch.bfloat16, torch.float16):  # experts and scales stay in the dtype of the file
                 tensor.data = tensor.data.float()
@@ -108,6 +107,14 @@ def problems(loaded: Mapping[str, Any]) -> list[str]:
         found += [f"{name} is {kind}" for name in names if not (".experts." in name and name.endswith(".input_scale"))]
     known = {f"{name} is unexpected" for name in uncached(loaded)}
     return [problem for problem in found if problem not in known]
+
+
+def experts(model: Any) -> str | None:
+    """The dtype of a mixture's dequantized weights, fused or not; None where it has no experts."""
+    weights = [
+        name for name, _ in model.named_parameters() if ".experts." in name and name.endswith(("_proj", ".weight"))
+    ]
+    return str(model.get_parameter(weights[0]).dtype).removeprefix("torch.") if weights else None
 
 
 def uncached(loaded: Mapping[str, Any]) -> list[str]:
