@@ -464,7 +464,8 @@ def test_kivi_reads_in_full_precision_and_decodes_in_few_bits(name: str) -> None
     exact = logits(model, x)
     assert torch.equal(exact, logits(double(name), x))
     cache = quantized_cache(model)
-    assert close(logits(model, x[:, :21], **as_cache(model, cache), use_cache=True), exact[:, :21])
+    read = logits(model, x[:, :21], **as_cache(model, cache), use_cache=True)
+    assert (read - exact[:, :21]).abs().max() < 1e-12, "but for the order of fp64 sums, which differs by processor"
     assert not close(logits(model, x[:, 21:22], **as_cache(model, cache), use_cache=True), exact[:, 21:22])
     wide = quantized(name, kivi(2, 2, group=4, residual=32))
     assert close(decoded(wide, x, quantized_cache(wide)), exact)
